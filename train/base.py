@@ -1,0 +1,365 @@
+"""Train the embedded base `tiny` from scratch on the picture world: tokenizer, autoencoder, text encoder, denoiser.
+
+    python train/base.py                       # everything, about two hours on one CPU core
+    python train/base.py --stages denoiser     # one stage again
+
+Every stage resumes from its last checkpoint in --work_dir; randomness is a pure function of (seed, step), so a stage
+stopped and resumed gives the same weights as one left alone. The result is an ordinary diffusers folder in half
+precision, with the losses of the whole run beside it in `training_log.csv`.
+
+What is unusual: attention only where the map is small (its CPU backward dominates), v-prediction on a cosine schedule
+that ends in pure noise (so that a plain background has the colour asked for), and an autoencoder that also sees
+textures, so that styles the base has never seen survive it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from share_diffusion.settings import flag, parse
+from share_diffusion.world.captions import caption
+from share_diffusion.world.scene import paint, reduce, sample_scene
+from share_diffusion.world.textures import texture
+
+TOKENS = 48
+WIDTH = 128
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the embedded base is trained."""
+
+    output_dir: str = flag("share_diffusion/assets/tiny", "where the finished pipeline goes")
+    work_dir: str = flag("runs/base", "where checkpoints and intermediate results go")
+    stages: tuple[str, ...] = flag(("tokenizer", "autoencoder", "denoiser"), "stages to run, in order")
+    scenes: int = flag(24000, "pictures of the base's training set")
+    textures: int = flag(8000, "pictures without a scene, for the autoencoder alone")
+    captions: int = flag(6, "wordings per picture")
+    autoencoder_steps: int = flag(2400, "optimizer steps of the autoencoder, 16 pictures each")
+    denoiser_steps: int = flag(8000, "optimizer steps of denoiser and text encoder, 32 pictures each")
+    checkpointing_steps: int = flag(250, "optimizer steps between two checkpoints")
+    seed: int = flag(0, "decides pictures, weights and noise")
+    threads: int = flag(1, "CPU threads")
+
+
+def render_scenes(count: int, seed: int, captions: int, unseen: bool = False) -> tuple[np.ndarray, list[list[str]]]:
+    """Return pictures (count, 64, 64, 3) uint8 and their captions, `captions` wordings each."""
+    pictures, texts = [], []
+    for index in tqdm(range(count), desc="scenes", unit="picture", mininterval=2):
+        generator = np.random.default_rng((seed, index))
+        scene = sample_scene(generator, unseen)
+        pictures.append(np.asarray(reduce(paint(scene))))
+        texts.append([caption(scene, generator) for _ in range(captions)])
+    return np.stack(pictures), texts
+
+
+def to_batch(pictures: np.ndarray) -> Tensor:
+    """Return (batch, 3, height, width) in [-1, 1] from (batch, height, width, 3) uint8."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_tokenizer(texts: list[list[str]], folder: Path, vocabulary: int = 1280) -> CLIPTokenizer:
+    """Learn byte-pair merges from the captions; every other word still has its letters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    model.normalizer = normalizers.Lowercase()
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 256 - 2, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    model.train_from_iterator((text for wordings in texts for text in wordings), trainer)
+    learned = json.loads(model.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {word: index for index, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Return token ids (batch, TOKENS), padded and cut."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """Return an untrained AutoencoderKL of stride 4 with 4 latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return an untrained CLIP text encoder of three layers."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=WIDTH,
+        )
+    )
+
+
+def make_denoiser() -> UNet2DConditionModel:
+    """Return an untrained UNet on 16 x 16 latents: attention at 8 x 8, in the middle, and on the way up at 16 x 16."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=(2, 4, 4),
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Return the scheduler stored with the base: v-prediction on a cosine schedule that ends in pure noise."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def optimize(
+    name: str,
+    modules: nn.ModuleDict,
+    loss_at: Callable[[int, torch.Generator], dict[str, Tensor]],
+    steps: int,
+    rate: float,
+    settings: BaseSettings,
+) -> nn.ModuleDict:
+    """Minimise the sum of `loss_at(step)` with AdamW, warm-up and cosine decay; return the weights' moving average.
+
+    Writes a line of `log-<name>.csv` every 50 steps and a checkpoint every `checkpointing_steps`.
+    """
+    work = Path(settings.work_dir)
+    average = torch.optim.swa_utils.AveragedModel(
+        modules, avg_fn=lambda mean, new, count: mean + (new - mean) * max(0.001, 1 / (1 + count.item() / 8))
+    )
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    first, log = resume(work / f"{name}.pt", modules, average, optimizer)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="step", mininterval=5)
+    started, sums = time.perf_counter(), {}
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        parts = loss_at(step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(parts.values())).sum().backward()
+        norm = nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(f"{name}: the gradient is not finite at step {step}; resume with a lower rate")
+        optimizer.step()
+        average.update_parameters(modules)
+        for key, value in parts.items():
+            sums[key] = sums.get(key, 0.0) + value.item() / 50
+        if (step + 1) % 50 == 0:
+            bar.set_postfix({key: f"{value:.4f}" for key, value in sums.items()})
+            log.append({"stage": name, "step": step + 1, "seconds": round(time.perf_counter() - started, 1), **sums})
+            sums = {}
+        if (step + 1) % settings.checkpointing_steps == 0 or step + 1 == steps:
+            save_state(work / f"{name}.pt", step + 1, modules, average, optimizer, log)
+    return average.module
+
+
+def resume(path: Path, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    """Restore a stage's last checkpoint and return its step and log, or (0, []) where there is none."""
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True)
+    modules.load_state_dict(state["modules"])
+    average.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["log"]
+
+
+def save_state(
+    path: Path, step: int, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, log: list[dict]
+) -> None:
+    """Write a checkpoint whole or not at all."""
+    state = {"modules": modules.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+    part = path.with_suffix(".part")
+    torch.save({**state, "step": step, "log": log}, part)
+    part.replace(path)
+
+
+def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the horizontal and vertical differences of neighbouring pixels."""
+    return pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
+
+
+def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> AutoencoderKL:
+    """Train the autoencoder on scenes and textures: absolute error of pixels and of their differences, and a little KL."""
+    extra = [
+        np.asarray(texture(np.random.default_rng((settings.seed + 1, index))))
+        for index in tqdm(range(settings.textures), desc="textures", unit="picture", mininterval=2)
+    ]
+    everything = np.concatenate([pictures[: 2 * settings.textures], np.stack(extra)])
+    torch.manual_seed(settings.seed)
+    modules = nn.ModuleDict({"vae": make_autoencoder().to(memory_format=torch.channels_last)})
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(everything), (16,), generator=generator).numpy()
+        batch = to_batch(everything[chosen]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = modules["vae"].encode(batch).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            rebuilt = modules["vae"].decode(posterior.mean + posterior.std * noise).sample.float()
+        slopes = zip(edges(rebuilt), edges(batch), strict=True)
+        return {
+            "pixels": F.l1_loss(rebuilt, batch) + F.mse_loss(rebuilt, batch),
+            "edges": sum((F.l1_loss(ours, real) for ours, real in slopes), torch.zeros(())),
+            "kl": 1e-5 * posterior.kl().mean() / 1024,
+        }
+
+    return optimize("autoencoder", modules, loss_at, settings.autoencoder_steps, 2e-3, settings)["vae"]  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
+    """Return the latents' means (count, 4, 16, 16), unscaled."""
+    chunks = (to_batch(pictures[start : start + 64]) for start in range(0, len(pictures), 64))
+    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tqdm(chunks, desc="latents", mininterval=2)])
+
+
+def train_denoiser(
+    latents: Tensor, texts: list[list[str]], tokenizer: CLIPTokenizer, settings: BaseSettings
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Train text encoder and denoiser together on v-prediction, one caption in ten left empty for guidance."""
+    torch.manual_seed(settings.seed)
+    modules = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": make_denoiser()})
+    scheduler = make_scheduler()
+    ids = torch.stack([tokenize(tokenizer, wordings) for wordings in tqdm(texts, desc="captions", mininterval=2)])
+    empty = tokenize(tokenizer, [""])[0]
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        order = torch.randint(len(latents), (32,), generator=generator)
+        wording = torch.randint(ids.shape[1], (32,), generator=generator)
+        tokens = ids[order, wording]
+        tokens = torch.where(torch.rand(32, 1, generator=generator) < 0.1, empty, tokens)
+        noise = torch.randn(32, *latents.shape[1:], generator=generator)
+        # stratified: each batch holds every part of the noise schedule
+        times = ((torch.arange(32) + torch.rand(32, generator=generator)) * (1000 / 32)).long()
+        noisy = scheduler.add_noise(latents[order], noise, times)
+        target = scheduler.get_velocity(latents[order], noise, times)
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            states = modules["text_encoder"](tokens).last_hidden_state
+            predicted = modules["unet"](noisy, times, states).sample
+        return {"noise": F.mse_loss(predicted.float(), target)}
+
+    trained = optimize("denoiser", modules, loss_at, settings.denoiser_steps, 1e-3, settings)
+    return trained["text_encoder"], trained["unet"]  # type: ignore[return-value]
+
+
+def write_pipeline(
+    folder: Path, words: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> None:
+    """Write the ordinary diffusers folder, in half precision, readable by old and new versions of transformers."""
+    from safetensors.torch import load_file, save_file
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(words),
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    ).to(torch.float16)
+    pipeline.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(words / name, folder / "tokenizer" / name)
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def write_log(work: Path, path: Path) -> None:
+    """Gather every stage's losses into one table."""
+    rows = [row for name in ("autoencoder", "denoiser") for row in read_log(work / f"{name}.pt")]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+
+
+def read_log(path: Path) -> Iterator[dict]:
+    """Yield the logged losses of one stage's checkpoint."""
+    if path.exists():
+        yield from torch.load(path, weights_only=True)["log"]
+
+
+def main() -> None:
+    settings = parse(BaseSettings, description="Train the embedded base from scratch.")
+    torch.set_num_threads(settings.threads)
+    work = Path(settings.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    pictures, texts = render_scenes(settings.scenes, settings.seed, settings.captions)
+    if "tokenizer" in settings.stages:
+        train_tokenizer(texts, work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    if "autoencoder" in settings.stages:
+        vae = train_autoencoder(pictures, settings)
+        latents = encode_all(vae, pictures)
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        vae.save_pretrained(work / "vae")
+        torch.save(latents, work / "latents.pt")
+    if "denoiser" in settings.stages:
+        vae = AutoencoderKL.from_pretrained(work / "vae")
+        latents = torch.load(work / "latents.pt", weights_only=True) * vae.config["scaling_factor"]
+        text_encoder, unet = train_denoiser(latents, texts, tokenizer, settings)
+        write_pipeline(Path(settings.output_dir), work / "tokenizer", vae, text_encoder, unet)
+        write_log(work, Path(settings.output_dir) / "training_log.csv")
+
+
+if __name__ == "__main__":
+    main()
