@@ -1,7 +1,7 @@
 """One picture: read safely, cut square, to and from a tensor.
 
-What comes out of `open_picture` is always the same thing, whatever the file held: 8-bit sRGB, upright, on white, without metadata.
-The size is checked on the header, before any pixel is unpacked.
+What comes out of `open_picture` is always the same thing, whatever the file held: 8-bit sRGB, upright, on white,
+without metadata. The size is checked on the header, before any pixel is unpacked.
 
 Shapes: a picture tensor is (3, height, width), float32, -1 black, 1 white.
 """
@@ -9,6 +9,7 @@ Shapes: a picture tensor is (3, height, width), float32, -1 black, 1 white.
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 8192 * 8192  # 64 Mpx: 256 MB while it is unpacked
+ONE_OF = "a PNG, JPEG, WebP or BMP file"
 REMEDY = "save it again as an 8-bit RGB PNG or JPEG"
 
 # Pillow's parsers raise all of these on files that are cut off or altered.
@@ -53,7 +55,8 @@ class PictureError(ValueError):
 def open_picture(path: str | Path) -> Image.Image:
     """The first frame of a picture file as 8-bit sRGB (mode RGB), upright, its transparency laid on white.
 
-    An embedded ICC profile is applied; one that cannot be read, or is not for this kind of pixel, counts as sRGB, as in browsers.
+    An embedded ICC profile is applied; one that cannot be read, or is for another kind of pixel, counts as sRGB, as in
+    browsers.
     Raises PictureError for anything but a whole PNG, JPEG, WebP or BMP file of at most `MAX_PIXELS`.
     """
     path = Path(path)
@@ -73,8 +76,8 @@ def fit_picture(
 ) -> Image.Image:
     """The picture cut square and scaled to (resolution, resolution), mirrored left to right if `flip`.
 
-    The window is the largest square; `crop` = (x, y) places it from left (0) to right (1) and from top to bottom, and goes before
-    `center_crop`. Where the shorter side already has `resolution` pixels they are copied, not resampled.
+    The window is the largest square; `crop` = (x, y) places it, from left (0) to right (1) and from top to bottom, and
+    goes before `center_crop`. Where the shorter side already has `resolution` pixels they are copied, not resampled.
     """
     x, y = _crop_position(resolution, center_crop, crop)
     side = min(image.size)
@@ -86,24 +89,18 @@ def fit_picture(
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as (3, height, width), float32 in [-1, 1]: value / 127.5 - 1."""
     if image.mode != "RGB":
-        raise ValueError(
-            f"the picture has mode {image.mode}, only RGB becomes a tensor; use open_picture or convert it"
-        )
+        raise ValueError(f"the picture has mode {image.mode}, only RGB becomes a tensor; convert it first")
     pixels = torch.from_numpy(np.array(image))  # np.array copies: the tensor must not share read-only memory
     return pixels.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1).contiguous()
 
 
 def to_picture(tensor: Tensor) -> Image.Image:
-    """A (3, height, width) tensor in [-1, 1] as an RGB picture; values beyond are clamped, as decoders overshoot a little."""
+    """A (3, height, width) tensor in [-1, 1] as an RGB picture; values beyond are clamped, since decoders overshoot."""
     if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(
-            f"a picture has shape (3, height, width), not {tuple(tensor.shape)}; take one out of the batch"
-        )
+        raise ValueError(f"shape {tuple(tensor.shape)} is not (3, height, width); take one out of the batch")
     values = tensor.detach().to("cpu", torch.float32)
     if bad := int((~values.isfinite()).sum()):
-        raise ValueError(
-            f"{bad} of {values.numel()} values are NaN or infinite, a picture has 0; decode in float32 instead"
-        )
+        raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite, none may be; decode in float32")
     pixels = values.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
@@ -124,14 +121,12 @@ def _crop_position(resolution: int, center_crop: bool, crop: tuple[float, float]
 
 def _check_file(path: Path) -> None:
     """Refuse what cannot be opened as a file, before a pipe or device could block."""
-    try:
-        kind = "empty (0 bytes)" if path.is_file() and not path.stat().st_size else None
-        if not path.is_file():
-            kind = "not a regular file" if path.exists() else "not there"
-    except OSError as error:
-        raise PictureError(path, f"cannot be read ({error.strerror}); check its permissions") from error
-    if kind:
-        raise PictureError(path, f"is {kind}; give a {', '.join(FORMATS)} file")
+    if not os.path.isfile(path):
+        raise PictureError(path, f"is {'not a regular file' if os.path.exists(path) else 'not there'}; give {ONE_OF}")
+    if not os.access(path, os.R_OK):
+        raise PictureError(path, "may not be read by you; change its permissions")
+    if not path.stat().st_size:
+        raise PictureError(path, f"is empty (0 bytes); copy it again or give {ONE_OF}")
 
 
 def _decode(path: Path) -> Image.Image:
@@ -151,7 +146,7 @@ def _decode(path: Path) -> Image.Image:
         limit = f"{MAX_PIXELS:,} (8192 x 8192)"
         raise PictureError(path, f"unpacks to {pixels:,} pixels, more than {limit}; scale it down first") from error
     except Image.UnidentifiedImageError as error:
-        reason = f"is no {', '.join(FORMATS)} file whatever its name: it begins with {head[:16]!r}; {REMEDY}"
+        reason = f"cannot be recognised as {ONE_OF}: it begins with {head[:16]!r}; {REMEDY}"
         raise PictureError(path, reason) from error
     except BROKEN as error:
         raise PictureError(path, f"is damaged or cut off ({error}); copy it again or {REMEDY}") from error
@@ -166,7 +161,7 @@ def _check_size(size: tuple[int, int]) -> None:
 def _webp_size(head: bytes) -> tuple[int, int]:
     """The size that a WebP header declares, (0, 0) for other files.
 
-    Pillow cannot be asked: opening a WebP file of 100 bytes already takes 8 bytes for each pixel of the canvas it declares.
+    Pillow cannot be asked: opening a WebP file of 100 bytes takes 8 bytes for each pixel of the canvas it declares.
     """
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return 0, 0
@@ -202,13 +197,13 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB, its colours taken from its ICC profile to sRGB."""
-    mode = image.mode if image.mode in ("L", "CMYK") else "RGB"
     plain = image.convert("RGB")
+    profile = image.info.get("icc_profile") or b""
+    mode = image.mode if image.mode in ("L", "CMYK") else "RGB"
+    if profile[16:20] != {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}[mode]:
+        return plain
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return plain
         srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image.convert(mode), profile, srgb, outputMode="RGB") or plain
-    except (KeyError, OSError, ImageCms.PyCMSError):
+        return ImageCms.profileToProfile(image.convert(mode), io.BytesIO(profile), srgb, outputMode="RGB") or plain
+    except ImageCms.PyCMSError:
         return plain

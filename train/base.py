@@ -51,8 +51,8 @@ class BaseSettings:
     scenes: int = flag(24000, "pictures of the base's training set")
     textures: int = flag(8000, "pictures without a scene, for the autoencoder alone")
     captions: int = flag(6, "wordings per picture")
-    autoencoder_steps: int = flag(2400, "optimizer steps of the autoencoder, 16 pictures each")
-    denoiser_steps: int = flag(8000, "optimizer steps of denoiser and text encoder, 32 pictures each")
+    autoencoder_steps: int = flag(1400, "optimizer steps of the autoencoder, 16 pictures each")
+    denoiser_steps: int = flag(7000, "optimizer steps of denoiser and text encoder, 32 pictures each")
     checkpointing_steps: int = flag(250, "optimizer steps between two checkpoints")
     seed: int = flag(0, "decides pictures, weights and noise")
     threads: int = flag(1, "CPU threads")
@@ -243,11 +243,11 @@ def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> Autoencod
     ]
     everything = np.concatenate([pictures[: 2 * settings.textures], np.stack(extra)])
     torch.manual_seed(settings.seed)
-    modules = nn.ModuleDict({"vae": make_autoencoder().to(memory_format=torch.channels_last)})
+    modules = nn.ModuleDict({"vae": make_autoencoder()})
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(everything), (16,), generator=generator).numpy()
-        batch = to_batch(everything[chosen]).to(memory_format=torch.channels_last)
+        batch = to_batch(everything[chosen])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = modules["vae"].encode(batch).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -265,8 +265,12 @@ def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> Autoencod
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     """Return the latents' means (count, 4, 16, 16), unscaled."""
-    chunks = (to_batch(pictures[start : start + 64]) for start in range(0, len(pictures), 64))
-    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tqdm(chunks, desc="latents", mininterval=2)])
+    means = []
+    for start in tqdm(range(0, len(pictures), 64), desc="latents", mininterval=2):
+        batch = to_batch(pictures[start : start + 64])
+        with torch.autocast("cpu", torch.bfloat16):
+            means.append(vae.encode(batch).latent_dist.mean.float())
+    return torch.cat(means)
 
 
 def train_denoiser(

@@ -1,9 +1,9 @@
 """Styles of the picture world: whole-picture transforms, from watercolour to woodblock print.
 
-A style takes a scene on the large canvas, (H, W, 3) float32 in [0, 1], and a generator, and returns a picture of the same
-shape; it never changes its input. Every length is written in pixels of a 256-pixel canvas and follows the real height
-(`span`), so that a style looks the same at any size. Cues are coarse on purpose: a frame, a palette, lines of four
-pixels and more. They have to survive the reduction to 64 x 64 and a lossy autoencoder.
+A style takes a scene on the large canvas, (H, W, 3) float32 in [0, 1], and a generator, and returns a picture of the
+same shape; it never changes its input. Every length is written in pixels of a 256-pixel canvas and follows the real
+height (`span`), so that a style looks the same at any size. Cues are coarse on purpose: a frame, a palette, lines of
+four pixels and more. They have to survive the reduction to 64 x 64 and a lossy autoencoder.
 
     H, W  height and width        K  colours of a palette        N  cells of a tiling
 """
@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-Array = npt.NDArray[np.float32]
-Channels = TypeVar("Channels", Array, npt.NDArray[np.uint8])
+Array = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.intp]
 Tone = tuple[float, float, float]
 
@@ -91,7 +90,9 @@ def saturate(picture: Array, factor: float) -> Array:
 def gradient_map(values: Array, tones: Sequence[Tone]) -> Array:
     """Return the evenly spaced tones looked up at values in [0, 1], (H, W, 3)."""
     stops = np.linspace(0, 1, len(tones))
-    table = np.stack([np.interp(np.linspace(0, 1, 256), stops, channel) for channel in zip(*tones, strict=True)], axis=1)
+    table = np.stack(
+        [np.interp(np.linspace(0, 1, 256), stops, channel) for channel in zip(*tones, strict=True)], axis=1
+    )
     return table.astype(np.float32)[np.clip(values * 255, 0, 255).astype(np.intp)]
 
 
@@ -116,7 +117,7 @@ def sharpen(picture: Array, pixels: float, factor: float) -> Array:
     return np.clip(picture + np.float32(factor) * (picture - blur(picture, pixels)), 0, 1)
 
 
-def spread(values: Channels, pixels: int, darkest: bool = False) -> Channels:
+def spread(values: npt.NDArray[Any], pixels: int, darkest: bool = False) -> npt.NDArray[Any]:
     """Return the largest (or smallest) value in a square window `pixels` wide, (H, W, 3)."""
     pick = np.minimum if darkest else np.maximum
     before, after = (pixels - 1) // 2, pixels // 2
@@ -166,7 +167,7 @@ def cell_means(picture: Array, labels: Labels) -> Array:
 
 
 def shards(picture: Array, generator: np.random.Generator, pixels: float) -> tuple[Labels, Array]:
-    """Return random Voronoi cells about `pixels` wide: their labels and each pixel's distance to its cell's rim, both (H, W)."""
+    """Return random Voronoi cells about `pixels` wide, labels and distances to the own cell's rim, both (H, W)."""
     rows, columns = rows_columns(picture)
     across, down = int(np.ceil(columns[0, -1] / pixels)) + 2, int(np.ceil(rows[-1, 0] / pixels)) + 2
     jitter = generator.uniform(0.2, 0.8, (2, down, across))
@@ -185,17 +186,19 @@ def shards(picture: Array, generator: np.random.Generator, pixels: float) -> tup
 
 
 def bricks(picture: Array, pixels: float) -> tuple[Labels, Array]:
-    """Return square tiles in staggered rows: their labels and each pixel's distance to its tile's rim, both (H, W)."""
+    """Return square tiles in staggered rows, labels and distances to the own tile's rim, both (H, W)."""
     rows, columns = rows_columns(picture)
     row = np.floor(rows / pixels)
     moved = columns + (row % 2 + 1) * np.float32(pixels / 2)
     column = np.floor(moved / pixels)
-    inside = np.minimum(np.minimum(rows % pixels, pixels - rows % pixels), np.minimum(moved % pixels, pixels - moved % pixels))
+    inside = np.minimum(
+        np.minimum(rows % pixels, pixels - rows % pixels), np.minimum(moved % pixels, pixels - moved % pixels)
+    )
     return (row * (column.max() + 1) + column).astype(np.intp), inside
 
 
 def mesh(picture: Array, generator: np.random.Generator, pixels: float) -> Array:
-    """Return triangles over the whole picture, (N, 3, 2) as (row, column), with a corner at the strongest edge of every cell."""
+    """Return triangles over the whole picture, (N, 3, 2) as (row, column), a corner on each cell's strongest edge."""
     height, width = picture.shape[:2]
     side = span(picture, pixels)
     down, across = -(-height // side), -(-width // side)
@@ -268,8 +271,9 @@ def pixel(picture: Array, generator: np.random.Generator) -> Array:
     side = span(picture, 12)
     rows, columns = np.arange(height) // side, np.arange(width) // side
     across = int(columns[-1]) + 1
-    means = cell_means(sharpen(picture, 8, 0.6), rows[:, None] * across + columns)
-    means += generator.uniform(-0.015, 0.015, means.shape).astype(np.float32)
+    means = cell_means(sharpen(picture, 8, 0.8), rows[:, None] * across + columns)
+    checker = (np.arange(len(means)) // across + np.arange(len(means)) % across) % 2 - 0.5
+    means += 0.12 * checker[:, None] + generator.uniform(-0.015, 0.015, means.shape)
     small = np.asarray(CONSOLE, np.float32)[nearest(means, CONSOLE)].reshape(-1, across, 3)
     return small[rows[:, None], columns]
 
@@ -337,7 +341,7 @@ def halftone(picture: Array, generator: np.random.Generator) -> Array:
     along, across = (rows + columns) * 0.7071 + phase, (rows - columns) * 0.7071 + phase
     away = np.hypot(along % 16 - 8, across % 16 - 8)
     flat = saturate(blur(picture, 3), 1.7)
-    radius = 4 + 6.5 * (1 - blur(flat.min(axis=2), 4))
+    radius = 4 + 5.2 * (1 - blur(flat.min(axis=2), 4))
     dots = mix((1.0, 0.99, 0.95), flat, ramp(radius - away, -0.8, 0.8))
     return mix(dots, (0.04, 0.04, 0.05), outline(picture, 3, 0.3, 0.5))
 
@@ -367,7 +371,7 @@ def thermal(picture: Array, generator: np.random.Generator) -> Array:
 WOODBLOCK: tuple[Tone, ...] = (
     (0.10, 0.16, 0.34), (0.18, 0.36, 0.62), (0.52, 0.70, 0.76), (0.93, 0.88, 0.76),
     (0.90, 0.74, 0.32), (0.86, 0.48, 0.20), (0.78, 0.24, 0.18), (0.48, 0.14, 0.14),
-    (0.90, 0.60, 0.62), (0.36, 0.52, 0.32), (0.44, 0.24, 0.50), (0.36, 0.28, 0.22),
+    (0.92, 0.58, 0.72), (0.36, 0.52, 0.32), (0.44, 0.24, 0.50), (0.36, 0.28, 0.22),
     (0.50, 0.50, 0.54),
 )  # fmt: skip
 
@@ -404,7 +408,7 @@ def lowpoly(picture: Array, generator: np.random.Generator) -> Array:
     facets = mesh(picture, generator, 18)
     height, width = picture.shape[:2]
     centres = np.clip(facets.mean(axis=1), 0, (height - 1, width - 1)).astype(np.intp)
-    light = generator.uniform(0.8, 1.15, (len(facets), 1))
+    light = generator.uniform(0.74, 1.2, (len(facets), 1))
     soft = blur(picture, 2)
     colours = np.clip(soft[centres[:, 0], centres[:, 1]] * light * 255, 0, 255).astype(np.uint8)
     image = Image.fromarray((soft * 255).astype(np.uint8))

@@ -1,0 +1,67 @@
+"""What the subspace knows of one concept: its name, how it is called, what is kept of it, and its coefficients."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from share_diffusion.basis import Coefficients
+
+KINDS = ("style", "subject")
+NAME_LIMIT = 100
+FORBIDDEN = set("/\\:+*<>[]{}()|\"'`,;=#%\n\r\t\0")
+
+
+def check_name(name: str) -> str:
+    """Return the name, NFC-normalised, or raise ValueError with everything that is wrong with it."""
+    name = unicodedata.normalize("NFC", name)
+    problems = []
+    if not name.strip() or name != name.strip():
+        problems.append("it is empty or has spaces at an end")
+    if name in (".", ".."):
+        problems.append("it is a folder's name")
+    if len(name) > NAME_LIMIT:
+        problems.append(f"it has {len(name)} characters (at most {NAME_LIMIT})")
+    if bad := sorted({character for character in name if character in FORBIDDEN}):
+        problems.append("it holds " + " ".join(repr(character) for character in bad))
+    if hidden := [f"U+{ord(c):04X}" for c in name if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in FORBIDDEN]:
+        problems.append("it holds invisible characters " + " ".join(hidden))
+    if problems:
+        raise ValueError(
+            f"concept name {name!r}: {'; '.join(problems)}; use letters, digits, '-', '_' and spaces, for example 'my-cat'"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing learned.
+
+    `norm` is ||dW||_F of the whole original update, `retention` the share of its energy that is certainly still held,
+    `coefficients` the layers it changes; `details` are further facts (preview prompts, steps, ...) that travel with it.
+    """
+
+    name: str
+    coefficients: Mapping[str, Coefficients]
+    norm: float
+    retention: float = 1.0
+    kind: str = "style"
+    trigger: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", check_name(self.name))
+        if self.kind not in KINDS:
+            raise ValueError(f"concept {self.name!r}: kind is {self.kind!r}; it is one of {', '.join(KINDS)}")
+
+    @property
+    def pseudo_rank(self) -> int:
+        """The largest rank among the concept's layers."""
+        return max((entry.pseudo_rank for entry in self.coefficients.values()), default=0)
+
+    @property
+    def numbers(self) -> int:
+        """How many coefficients the concept costs."""
+        return sum(entry.alpha.numel() + entry.beta.numel() for entry in self.coefficients.values())

@@ -1,0 +1,182 @@
+"""The one file: how a subspace lies in a careful store (`storage.py`), byte for byte.
+
+    <layer>.share_alpha     (in, k)     learned columns of the input basis, float16
+    <layer>.share_beta      (out, k')   learned columns of the output basis
+    concept.<number>        (n,)        one concept: for every layer, in the order of the layer list, its alpha (k, p) and
+                                        then its beta (k', p) coefficients, row by row
+    layouts                 (g, layers, 3) int32: rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
+    details                 (bytes,)    JSON list, one entry a concept: facts that nobody needs to list concepts
+
+Derived columns (a basis of origin `random` or `weights`) are not in the file: they are made again when it is read.
+The metadata holds `base`, `origin`, `basis_version`, `layers` as [path, out, in, kernel or null] and `concepts` as a list
+of {name, kind, trigger, norm, retention, layout}; so the header alone lists ten thousand concepts. Rows that a concept
+does not have, because its layer grew later, are zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from share_diffusion import storage
+from share_diffusion.basis import Basis, Coefficients
+from share_diffusion.concept import Concept
+from share_diffusion.subspace import BaseIdentity, Origin, Subspace, Weights
+
+KNOWN = {"base", "origin", "basis_version", "layers", "concepts"}
+Layout = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the header of a file tells without its tensors."""
+
+    base: str
+    basis_version: str
+    generation: int
+    concepts: tuple[Mapping[str, Any], ...]
+
+
+def save(subspace: Subspace, path: str | os.PathLike[str], *, replace: bool = False) -> Subspace:
+    """Write a subspace, whole or not at all; see `Subspace.save`."""
+    if not subspace.complete:
+        raise ValueError("this subspace was loaded without its base's weights, only to be looked at; load it with them to save it")
+    tensors, metadata = pack(subspace)
+    expected = None if replace else subspace.generation
+    generation = storage.write(path, tensors, metadata, expected_generation=expected, replace=replace)
+    return changed(subspace, generation=generation)
+
+
+def load(path: str | os.PathLike[str], weights: Weights | None = None, *, look: bool = False) -> Subspace:
+    """Read a subspace file; `look=True` leaves out what only the base's weights could give (see `Subspace.complete`)."""
+    metadata, tensors, generation = storage.read(path)
+    try:
+        return unpack(metadata, tensors, generation, weights, look)
+    except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: {type(error).__name__} {error}") from error
+
+
+def listing(path: str | os.PathLike[str]) -> Listing:
+    """Return a file's concepts from its header alone."""
+    header = storage.read_header(path)
+    metadata = header.metadata
+    if "concepts" not in metadata:
+        raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: it lists no concepts")
+    return Listing(metadata["base"]["name"], metadata["basis_version"], header.generation, tuple(metadata["concepts"]))
+
+
+def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a subspace's file."""
+    tensors: dict[str, Tensor] = {}
+    fixed = subspace.fixed
+    for layer, basis in subspace.layers.items():
+        tensors[f"{layer}.share_alpha"] = half(basis.alpha[:, fixed[layer][0] :], layer)
+        tensors[f"{layer}.share_beta"] = half(basis.beta[:, fixed[layer][1] :], layer)
+    order = list(subspace.layers)
+    layouts: dict[Layout, int] = {}
+    concepts = []
+    for number, concept in enumerate(subspace.concepts.values()):
+        layout = layout_of(concept, order)
+        entry = {"name": concept.name, "kind": concept.kind, "trigger": concept.trigger}
+        entry |= {"norm": float(f"{concept.norm:.6g}"), "retention": math.floor(concept.retention * 1e6) / 1e6}
+        concepts.append({**entry, "layout": layouts.setdefault(layout, len(layouts))})
+        parts = [side.flatten() for layer in order if layer in concept.coefficients for side in sides(concept, layer)]
+        tensors[f"concept.{number:05d}"] = half(torch.cat(parts) if parts else torch.zeros(0), concept.name)
+    tensors["layouts"] = torch.tensor(list(layouts), dtype=torch.int32).reshape(len(layouts), len(order), 3)
+    details = json.dumps([dict(concept.details) for concept in subspace.concepts.values()], sort_keys=True)
+    tensors["details"] = torch.tensor(list(details.encode()), dtype=torch.uint8)
+    shapes = {layer: (basis.beta.shape[0], basis.alpha.shape[0]) for layer, basis in subspace.layers.items()}
+    kernels = {layer: list(kernel) for layer, kernel in subspace.kernels.items()}
+    return tensors, {
+        **subspace.extra,
+        "base": {**asdict(subspace.base), "weights": list(subspace.base.weights)},
+        "origin": asdict(subspace.origin),
+        "basis_version": subspace.basis_version,
+        "layers": [[layer, *shapes[layer], kernels.get(layer)] for layer in order],
+        "concepts": concepts,
+    }
+
+
+def half(tensor: Tensor, what: str) -> Tensor:
+    """Return a tensor as it is stored, or raise ValueError where it leaves the range of float16."""
+    stored = tensor.to(torch.float16).contiguous()
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"{what}: values up to {float(tensor.abs().max()):.3g} do not fit float16; train with a lower rate")
+    return stored
+
+
+def sides(concept: Concept, layer: str) -> tuple[Tensor, Tensor]:
+    """Return a concept's (alpha, beta) coefficients in a layer."""
+    return concept.coefficients[layer].alpha, concept.coefficients[layer].beta
+
+
+def layout_of(concept: Concept, order: list[str]) -> Layout:
+    """Return rows of alpha, rows of beta and pseudo-rank of every layer."""
+    entries = (concept.coefficients.get(layer) for layer in order)
+    return tuple((0, 0, 0) if e is None else (e.alpha.shape[0], e.beta.shape[0], e.pseudo_rank) for e in entries)
+
+
+def unpack(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], generation: int, weights: Weights | None, look: bool
+) -> Subspace:
+    """Return the subspace that a file's content describes."""
+    base = BaseIdentity(**{**metadata["base"], "weights": tuple(metadata["base"]["weights"])})
+    origin = Origin(**metadata["origin"])
+    shapes = {layer: (out, width) for layer, out, width, _ in metadata["layers"]}
+    look = look and origin.kind == "weights" and weights is None
+    layers = {}
+    for layer, shape in shapes.items():
+        derived = blank(origin, shape) if look else derive(origin, layer, shape, weights)
+        layers[layer] = Basis(
+            alpha=torch.cat([derived.alpha, tensors[f"{layer}.share_alpha"].float()], dim=1),
+            beta=torch.cat([derived.beta, tensors[f"{layer}.share_beta"].float()], dim=1),
+        )
+    details = json.loads(bytes(tensors["details"].tolist()))
+    layouts = tensors["layouts"].tolist()
+    concepts = {}
+    for number, entry in enumerate(metadata["concepts"]):
+        packed = tensors[f"concept.{number:05d}"].float()
+        known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}
+        coefficients = cut(packed, list(shapes), layouts[entry["layout"]])
+        concepts[entry["name"]] = Concept(**known, coefficients=coefficients, details=details[number])
+    return Subspace(
+        base=base,
+        origin=origin,
+        layers=layers,
+        kernels={layer: (kernel[0], kernel[1]) for layer, _, _, kernel in metadata["layers"] if kernel},
+        concepts=concepts,
+        generation=generation,
+        extra={key: value for key, value in metadata.items() if key not in KNOWN},
+        complete=not look,
+    )
+
+
+def derive(origin: Origin, layer: str, shape: tuple[int, int], weights: Weights | None) -> Basis:
+    """Return a layer's derived columns, of which a basis learned from adapters has none."""
+    return blank(origin, shape) if origin.kind == "adapters" else origin.derive(layer, shape, weights)
+
+
+def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
+    """Return zeros in place of derived columns."""
+    alpha, beta = origin.columns(shape)
+    return Basis(torch.zeros(shape[1], alpha), torch.zeros(shape[0], beta))
+
+
+def cut(packed: Tensor, order: list[str], layout: list[list[int]]) -> dict[str, Coefficients]:
+    """Return a concept's coefficients from their packed form."""
+    coefficients = {}
+    pieces = [rows * rank for alpha, beta, rank in layout for rows in (alpha, beta)]
+    parts = iter(packed.split(pieces))
+    for layer, (alpha, beta, rank) in zip(order, layout, strict=True):
+        both = next(parts), next(parts)
+        if rank:
+            coefficients[layer] = Coefficients(both[0].reshape(alpha, rank), both[1].reshape(beta, rank))
+    return coefficients

@@ -1,0 +1,130 @@
+"""A frozen linear or convolution with low-rank updates beside it.
+
+    y = base(x) + sum over updates of  beta @ m_n @ ... @ m_1 @ (alpha.T @ x)
+
+An update is a chain of matrices: `alpha` (in, k) first, `beta` (out, k') last, small `middle` matrices (rows, columns)
+between them, applied in order. A blend is one update whose middle is the blended core; a concept in training is one or
+two updates whose coefficients (and temporary factors) are parameters. With no update the layer *is* its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank path through a layer: `alpha` (in, k), `middle` matrices, `beta` (out, k')."""
+
+    alpha: Tensor
+    middle: tuple[Tensor, ...]
+    beta: Tensor
+
+    def to(self, like: Tensor) -> Update:
+        """Return the update on the device and in the precision of a tensor."""
+        if self.alpha.device == like.device and self.alpha.dtype == like.dtype:
+            return self
+        return Update(self.alpha.to(like), tuple(matrix.to(like) for matrix in self.middle), self.beta.to(like))
+
+
+class ShareLayer(nn.Module):
+    """Wraps a frozen layer; transparent to `state_dict`, to hooks on the layer and to code that reads its weight."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.updates: tuple[Update, ...] = ()
+        self.register_state_dict_post_hook(_forget_wrapper)
+        self.register_load_state_dict_pre_hook(_expect_wrapper)
+
+    def set(self, updates: Sequence[Update]) -> None:
+        """Make these updates active; tensors that ask for a gradient keep their own precision."""
+        self.updates = tuple(updates)
+
+    def add(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the output with every active update added."""
+        for index, update in enumerate(self.updates):
+            if update.alpha.device != output.device:  # once after the model has moved
+                update = update.to(output.to(update.alpha.dtype))
+                self.updates = (*self.updates[:index], update, *self.updates[index + 1 :])
+            output = output + self.path(inputs.to(output.device), update.to(output))
+        return output
+
+    def path(self, inputs: Tensor, update: Update) -> Tensor:
+        """Return one update's contribution."""
+        hidden = inputs.to(update.alpha.dtype) @ update.alpha
+        for matrix in update.middle:
+            hidden = hidden @ matrix
+        return hidden @ update.beta.mT
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.base(inputs, *args, **kwargs)
+        return self.add(inputs, output) if self.updates else output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class ShareLinear(ShareLayer):
+    """A frozen `nn.Linear` with updates."""
+
+
+class ShareConv(ShareLayer):
+    """A frozen `nn.Conv2d` with updates: `alpha` is a convolution of the base's own kernel, the rest is 1 x 1."""
+
+    def path(self, inputs: Tensor, update: Update) -> Tensor:
+        base = self.base
+        height, width = base.kernel_size  # type: ignore[misc]
+        kernel = update.alpha.mT.unflatten(1, (-1, height, width))
+        padding = base._reversed_padding_repeated_twice if base.padding_mode != "zeros" else None
+        inputs = inputs.to(update.alpha.dtype)
+        if padding is not None:
+            inputs = F.pad(inputs, padding, mode=base.padding_mode)  # type: ignore[arg-type]
+        hidden = F.conv2d(
+            inputs, kernel, stride=base.stride, padding=0 if padding is not None else base.padding, dilation=base.dilation  # type: ignore[arg-type]
+        )
+        for matrix in update.middle:
+            hidden = F.conv2d(hidden, matrix.mT[:, :, None, None])
+        return F.conv2d(hidden, update.beta[:, :, None, None])
+
+
+def wrap(base: nn.Module) -> ShareLayer:
+    """Return the layer wrapped, or raise TypeError for what is neither a linear nor an ungrouped 2-D convolution."""
+    if isinstance(base, nn.Linear):
+        return ShareLinear(base)
+    if isinstance(base, nn.Conv2d) and base.groups == 1:
+        return ShareConv(base)
+    raise TypeError(f"{type(base).__name__} cannot be adapted; Linear and Conv2d with groups=1 can")
+
+
+def core_update(alpha: Tensor, core: Tensor, beta: Tensor) -> Update:
+    """Return the update beta @ core @ alpha.T; `core` is (k', k)."""
+    return Update(alpha, (core.mT.contiguous(),), beta)
+
+
+def cast_update(update: Update, like: Tensor) -> Update:
+    """Return the update in the precision of a tensor, on its device unless that is the meta device."""
+    device = update.alpha.device if like.device.type == "meta" else like.device
+    return replace(update.to(torch.empty(0, dtype=like.dtype, device=device)))
+
+
+def _forget_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Spell the base's entries without the wrapper, so that a model saved while attached is an ordinary model."""
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        state[prefix + key[len(prefix) + 5 :]] = state.pop(key)
+
+
+def _expect_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Accept entries spelled without the wrapper."""
+    for key, _value in module.base.named_parameters():  # type: ignore[union-attr]
+        if prefix + key in state:
+            state[f"{prefix}base.{key}"] = state.pop(prefix + key)

@@ -1,0 +1,168 @@
+"""The LoRA in memory, and which dialect reads or writes it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from share_diffusion.lora.assemble import refuse
+from share_diffusion.lora.diffusers import is_dotted, parse_diffusers, spell_diffusers
+from share_diffusion.lora.factors import Factors, is_finite
+from share_diffusion.lora.file import adapter_config, locate, read_safetensors, write_safetensors
+from share_diffusion.lora.kohya import is_kohya, parse_kohya, spell_kohya
+from share_diffusion.lora.names import COMPONENTS
+
+READERS = ((is_kohya, parse_kohya), (is_dotted, parse_diffusers))
+WRITERS = {"kohya": spell_kohya, "diffusers": spell_diffusers}
+
+# Other adaptations, told by their keys; reading them as LoRA would drop part of the update.
+FOREIGN = {
+    "LoKr": re.compile(r"\.lokr_"),
+    "LoHa": re.compile(r"\.hada_"),
+    "DoRA": re.compile(r"\.dora_scale|lora_magnitude_vector"),
+    "LoCon in Tucker form": re.compile(r"\.lora_mid\b"),
+    "OFT": re.compile(r"\.oft_"),
+    "IA3": re.compile(r"\.ia3_|\.on_input$"),
+    "whole-weight difference": re.compile(r"\.diff(_b)?$"),
+    "cloneofsimo": re.compile(r"^(unet|text_encoder):\d+:(up|down)$"),
+}
+
+# Metadata that follows from the layers and the dialect.
+COMPUTED = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "adapter_config"}
+# Metadata of the file that was read, not of what is written now.
+OUTDATED = {
+    *("format", "ss_network_args", "ss_output_name", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+}
+
+# A cast to half precision costs 2^-11 (float16) or 2^-8 (bfloat16); more than this means out of range.
+CAST_LIMIT = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """Low-rank updates of a model, by layer path, and what their file said about them.
+
+    `layers` is kept sorted. Raises ValueError for a path whose first word is not a component of a pipeline.
+    """
+
+    layers: dict[str, Factors]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        homeless = [layer for layer in self.layers if layer.partition(".")[0] not in COMPONENTS]
+        refuse([f"{layer}: expected a path that starts with one of {', '.join(COMPONENTS)}" for layer in homeless])
+        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> LoRA:
+        """Read a .safetensors file of any known dialect, or the folder that PEFT or diffusers put it in.
+
+        Raises ValueError, naming the file, for whatever is not a LoRA in full: nothing is left out silently.
+        """
+        file = locate(Path(path))
+        tensors, metadata = read_safetensors(file)
+        metadata |= adapter_config(file)
+        try:
+            return cls(parse(tensors, metadata), metadata)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        dialect: str = "kohya",
+        dtype: torch.dtype = torch.float16,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere) or `diffusers`.
+
+        `metadata` is added to the LoRA's own; what describes ranks and scale is always computed from the layers.
+        Raises ValueError where values are not finite or do not survive `dtype`.
+        """
+        file, given = Path(path), dict(metadata or {})
+        try:
+            refuse(request_problems(file, dialect, dtype, given) + content_problems(self))
+            tensors, described = WRITERS[dialect](self.layers, file.stem)
+            tensors = narrowed(tensors, dtype)
+        except ValueError as error:
+            raise ValueError(f"{file}: not written, {error}") from None
+        own = {key: value for key, value in self.metadata.items() if key not in COMPUTED | OUTDATED}
+        write_safetensors(file, tensors, own | described | given)
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return math.sqrt(sum(factors.energy for factors in self.layers.values()))
+
+    @property
+    def components(self) -> dict[str, int]:
+        """How many layers each component of the pipeline has."""
+        return dict(Counter(layer.partition(".")[0] for layer in self.layers))
+
+
+def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Factors]:
+    """The layers of a file in whichever dialect its keys are."""
+    refuse(foreign(tensors))
+    for owns, read in READERS:
+        if any(owns(key) for key in tensors):
+            return read(tensors, metadata)
+    shown = ", ".join(sorted(tensors)[:5]) or "none at all"
+    raise ValueError(f"no LoRA of a known dialect; its keys: {shown}. Expected those of kohya, diffusers or PEFT")
+
+
+def foreign(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The adaptations in a file that are not plain LoRA, or not in a known dialect, with how much there is of each."""
+    counts = {kind: [key for key in sorted(tensors) if mark.search(key)] for kind, mark in FOREIGN.items()}
+    remedy = "not read; convert the file to plain LoRA (lora_up, lora_down, alpha) first"
+    return [f"{kind}: {len(keys)} tensors, such as {keys[0]}; {remedy}" for kind, keys in counts.items() if keys]
+
+
+def request_problems(file: Path, dialect: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> list[str]:
+    """What is wrong with where and how a LoRA is to be written."""
+    problems = [] if dialect in WRITERS else [f"dialect {dialect!r} is unknown; expected one of {', '.join(WRITERS)}"]
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        problems.append(f"dtype {dtype} is not written; expected torch.float16, bfloat16 or float32")
+    if file.suffix != ".safetensors":
+        problems.append(f"the name {file.name!r} must end in .safetensors")
+    if not file.parent.is_dir():
+        problems.append(f"{file.parent} is not a folder; create it first")
+    problems += [f"metadata {key!r} is computed from the layers; leave it out" for key in metadata if key in COMPUTED]
+    return problems + wrong_texts(metadata)
+
+
+def content_problems(lora: LoRA) -> list[str]:
+    """What in a LoRA cannot be written to any file."""
+    problems = [] if lora.layers else ["there are no layers; give at least one"]
+    broken = [layer for layer, factors in lora.layers.items() if not is_finite(factors)]
+    problems += [f"{layer}: holds NaN or infinite values; go back to the last good state" for layer in broken]
+    return problems + wrong_texts(lora.metadata)
+
+
+def wrong_texts(metadata: Mapping[str, str]) -> list[str]:
+    """The metadata entries that are not text, all that safetensors can hold."""
+    return [
+        f"metadata {key!r} is {value!r}; expected text" for key, value in metadata.items() if type(value) is not str
+    ]
+
+
+def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Matrices in the dtype of the file, refused where they leave its range; alphas, being 0-D, stay float32."""
+    cast: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        exact = tensor.detach().to("cpu", torch.float32)
+        cast[key] = exact.to(dtype if exact.ndim else torch.float32).clone(memory_format=torch.contiguous_format)
+        # In float64, where the norm of large float32 values cannot overflow and hide the error.
+        if (cast[key].double() - exact.double()).norm() > CAST_LIMIT * exact.double().norm():
+            largest, kind = f"{float(exact.abs().max()):.2g}", str(dtype).removeprefix("torch.")
+            problems.append(f"{key} (largest value {largest}) is out of {kind}'s range; write dtype=torch.float32")
+    refuse(problems)
+    return cast

@@ -1,0 +1,381 @@
+"""Fold new updates into bases that already hold concepts: the incremental merge.
+
+For every layer the old basis is extended by orthonormal directions E of what the new updates have outside it, and all
+concepts are seen as small cores in the frame [basis, E]. Then one of two things happens:
+
+- *growth*, the rule: the frame's strongest new columns are kept until every new concept holds the asked share of its
+  energy. Old columns stay as they are, so every earlier concept is the same to the last bit.
+- *truncation*, where a cap on the columns or a byte budget leaves no room: the frame is rotated to the principal axes of
+  all concepts' cores, each concept weighing 1 / ||dW||, and its weakest columns go. This is the paper's merge
+  (arXiv 2602.06043, section 3.3). Every concept is re-expressed, and what each of them loses is counted.
+
+The bases cost one QR and one small SVD per layer whatever number of concepts is held; with truncation each held
+concept is multiplied by one (k, k) rotation. Columns of a derived basis (`fixed`) are never rotated: they are not stored.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from share_diffusion.basis import (
+    WORK,
+    Basis,
+    Coefficients,
+    factor_core,
+    outside,
+    pad_columns,
+    principal_directions,
+    rotate,
+    thin_svd,
+)
+from share_diffusion.capacity import Candidates, Capacity, Widths, cheapest, choose, dearest, prices
+from share_diffusion.concept import Concept
+from share_diffusion.lora import Factors
+
+ACCURACY = 1e-7  # a retention this close to the asked one has reached it
+BYTES = 2  # of one number in the file
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One layer's old basis and the directions that new updates would add to it, with the new updates' cores."""
+
+    basis: Basis
+    fixed: tuple[int, int]  # derived columns of (alpha, beta), which stay
+    alpha: Tensor  # (in, m) new directions, strongest first
+    beta: Tensor  # (out, m')
+    candidates: Candidates
+    cores: Mapping[str, Tensor]  # new concept -> (k' + m', k + m)
+
+    @property
+    def wide(self) -> Basis:
+        """The whole frame [basis, E], (in, k + m) and (out, k' + m')."""
+        return Basis(
+            alpha=torch.cat([self.basis.alpha.to(WORK), self.alpha], dim=1),
+            beta=torch.cat([self.basis.beta.to(WORK), self.beta], dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of a merge: new bases, held concepts re-expressed, new concepts' coefficients with what they keep."""
+
+    layers: dict[str, Basis]
+    held: dict[str, Concept]
+    new: dict[str, tuple[dict[str, Coefficients], float]]  # name -> (coefficients, retention)
+    truncated: tuple[str, ...]  # layers whose columns were rotated and cut
+
+
+def merge_updates(
+    layers: Mapping[str, Basis],
+    fixed: Mapping[str, tuple[int, int]],
+    held: Mapping[str, Concept],
+    updates: Mapping[str, Mapping[str, Factors]],
+    norms: Mapping[str, float],
+    capacity: Capacity,
+    pseudo_rank: int | None = None,
+) -> Merged:
+    """Fold `updates` (concept -> layer -> factors, of Frobenius norm `norms`) into the bases within the capacity."""
+    frames = make_frames(layers, fixed, updates, norms)
+    widths = {name: basis.rank for name, basis in layers.items()} | grow(frames, norms, capacity)
+
+    def cost(chosen: Widths, rotated: set[str]) -> int:
+        return file_numbers(chosen, rotated, layers, fixed, held, updates) * BYTES
+
+    tight = over_rank(frames, widths, capacity.rank)
+    if capacity.budget is not None and cost(widths, tight) > capacity.budget:
+        tight = set(frames)
+    axes = {name: principal_axes(name, frames[name], held, norms) for name in sorted(tight)}
+    widths = narrow(frames, axes, widths, capacity, lambda chosen: cost(chosen, tight))
+    rotations = {
+        name: (alpha[:, : widths[name][0]], beta[:, : widths[name][1]]) for name, (alpha, beta, _) in axes.items()
+    }
+    bases = {**layers}
+    for name, frame in frames.items():
+        bases[name] = cut(frame, widths[name], rotations.get(name))
+    return Merged(
+        layers=bases,
+        held={name: re_express(concept, rotations, bases) for name, concept in held.items()},
+        new={
+            name: express(name, frames, widths, rotations, norms[name], pseudo_rank or rank_of(updates[name]))
+            for name in updates
+        },
+        truncated=tuple(sorted(rotations)),
+    )
+
+
+def rank_of(update: Mapping[str, Factors]) -> int:
+    """Return the largest rank among an update's layers."""
+    return max((factors.rank for factors in update.values()), default=1)
+
+
+def make_frames(
+    layers: Mapping[str, Basis],
+    fixed: Mapping[str, tuple[int, int]],
+    updates: Mapping[str, Mapping[str, Factors]],
+    norms: Mapping[str, float],
+) -> dict[str, Frame]:
+    """Return the frame of every layer that a new update touches; layers of equal shape are worked on together."""
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name in sorted({layer for update in updates.values() for layer in update}):
+        groups[layers[name].beta.shape[0], layers[name].alpha.shape[0]].append(name)
+    frames: dict[str, Frame] = {}
+    for shape, names in groups.items():
+        frames |= group_frames(shape, names, layers, fixed, updates, norms)
+    return frames
+
+
+def stack(matrices: list[Tensor], columns: int) -> Tensor:
+    """Return matrices of equal height as one batch, zero columns added up to `columns`."""
+    return torch.stack([pad_columns(matrix.to(WORK), columns) for matrix in matrices])
+
+
+def stack_update(update: Mapping[str, Factors], names: list[str], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return one concept's factors over layers of equal shape, (L, out, r) and (L, in, r); an absent layer is zero."""
+    rank = max((update[name].rank for name in names if name in update), default=0)
+    none = (torch.zeros(shape[0], 0), torch.zeros(shape[1], 0))
+    pairs = [(update[name].up, update[name].down.mT) if name in update else none for name in names]
+    return stack([up for up, _ in pairs], rank), stack([down for _, down in pairs], rank)
+
+
+def group_frames(
+    shape: tuple[int, int],
+    names: list[str],
+    layers: Mapping[str, Basis],
+    fixed: Mapping[str, tuple[int, int]],
+    updates: Mapping[str, Mapping[str, Factors]],
+    norms: Mapping[str, float],
+) -> dict[str, Frame]:
+    """Return the frames of layers of one shape: batched thin SVDs, residuals and principal directions."""
+    alpha = stack([layers[name].alpha for name in names], max(layers[name].rank[0] for name in names))
+    beta = stack([layers[name].beta for name in names], max(layers[name].rank[1] for name in names))
+    factors = {concept: stack_update(update, names, shape) for concept, update in updates.items()}
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for concept, (up, down) in factors.items():
+        left, values, right = thin_svd(up, down.mT)
+        weighed = values / max(norms[concept], torch.finfo(WORK).tiny)
+        sides[0].append(right * weighed[:, None])
+        sides[1].append(left * weighed[:, None])
+    extra_alpha, energy_alpha = new_directions(alpha, torch.cat(sides[0], dim=-1))
+    extra_beta, energy_beta = new_directions(beta, torch.cat(sides[1], dim=-1))
+    frames = {}
+    for index, name in enumerate(names):
+        keep_alpha, keep_beta = int((energy_alpha[index] > 0).sum()), int((energy_beta[index] > 0).sum())
+        frame = Frame(
+            basis=layers[name],
+            fixed=fixed.get(name, (0, 0)),
+            alpha=extra_alpha[index, :, :keep_alpha],
+            beta=extra_beta[index, :, :keep_beta],
+            candidates=Candidates(energy_alpha[index, :keep_alpha], energy_beta[index, :keep_beta], (shape[1], shape[0])),
+            cores={},
+        )
+        wide = frame.wide
+        cores = {
+            concept: (wide.beta.mT @ up[index]) @ (wide.alpha.mT @ down[index]).mT
+            for concept, (up, down) in factors.items()
+            if name in updates[concept]
+        }
+        frames[name] = Frame(frame.basis, frame.fixed, frame.alpha, frame.beta, frame.candidates, cores)
+    return frames
+
+
+def new_directions(basis: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal directions of what the vectors have outside the basis, strongest first, with their energies."""
+    scale = vectors.square().sum((-2, -1)).sqrt()
+    return principal_directions(outside(basis, vectors), scale)
+
+
+def grow(frames: Mapping[str, Frame], norms: Mapping[str, float], capacity: Capacity) -> Widths:
+    """Return the whole widths (old + new columns) that keep the asked share of every new concept at the least cost."""
+    candidates = {name: frame.candidates for name, frame in frames.items()}
+    tables = {name: cumulative(frame) for name, frame in frames.items()}
+
+    def kept_enough(price: float) -> bool:
+        widths = with_old(frames, choose(candidates, price))
+        asked = (capacity.retain or 0) - ACCURACY
+        return all(kept(concept, tables, widths) >= asked * norm**2 for concept, norm in norms.items())
+
+    price = 0.0 if capacity.retain is None else dearest(prices(candidates), kept_enough)
+    return with_old(frames, choose(candidates, price))
+
+
+def with_old(frames: Mapping[str, Frame], extra: Widths) -> Widths:
+    """Return the whole widths of layers that gain `extra` columns."""
+    return {
+        name: (frame.basis.rank[0] + extra[name][0], frame.basis.rank[1] + extra[name][1]) for name, frame in frames.items()
+    }
+
+
+def cumulative(frame: Frame) -> dict[str, Tensor]:
+    """Return, for each new concept, the energy held by every leading block of its core, (k' + m' + 1, k + m + 1)."""
+    return {
+        concept: torch.nn.functional.pad(core.square().cumsum(0).cumsum(1), (1, 0, 1, 0))
+        for concept, core in frame.cores.items()
+    }
+
+
+def kept(concept: str, tables: Mapping[str, Mapping[str, Tensor]], widths: Widths) -> float:
+    """Return how much energy a new concept keeps at these widths."""
+    return sum(
+        float(table[concept][widths[name][1], widths[name][0]]) for name, table in tables.items() if concept in table
+    )
+
+
+def over_rank(frames: Mapping[str, Frame], widths: Widths, rank: int | None) -> set[str]:
+    """Return the layers that would have more columns on a side than the cap allows."""
+    return set() if rank is None else {name for name in frames if max(widths[name]) > rank}
+
+
+def file_numbers(
+    widths: Widths,
+    rotated: set[str],
+    layers: Mapping[str, Basis],
+    fixed: Mapping[str, tuple[int, int]],
+    held: Mapping[str, Concept],
+    updates: Mapping[str, Mapping[str, Factors]],
+) -> int:
+    """Return how many numbers the file would hold at these widths: learned columns and every concept's coefficients.
+
+    A held concept keeps its rows in a layer that only grows, and has the layer's new width where it is rotated.
+    """
+    total = 0
+    for name, (alpha, beta) in widths.items():
+        derived = fixed.get(name, (0, 0))
+        total += (alpha - derived[0]) * layers[name].alpha.shape[0] + (beta - derived[1]) * layers[name].beta.shape[0]
+        total += sum((alpha + beta) * update[name].rank for update in updates.values() if name in update)
+        for concept in held.values():
+            if name in concept.coefficients:
+                entry = concept.coefficients[name]
+                rows = alpha + beta if name in rotated else entry.alpha.shape[0] + entry.beta.shape[0]
+                total += rows * entry.pseudo_rank
+    return total
+
+
+def narrow(
+    frames: Mapping[str, Frame],
+    axes: Mapping[str, tuple[Tensor, Tensor, Candidates]],
+    widths: Widths,
+    capacity: Capacity,
+    cost: Callable[[Widths], int],
+) -> Widths:
+    """Return widths in which the rotated layers keep only as many principal axes as cap and budget allow."""
+    candidates = {name: candidate for name, (_, _, candidate) in axes.items()}
+    cap = {name: learned_cap(frames[name], capacity.rank) for name in axes}
+
+    def spend(price: float) -> Widths:
+        chosen = choose(candidates, price, cap)
+        derived = {name: frames[name].fixed for name in chosen}
+        return widths | {name: (derived[name][0] + a, derived[name][1] + b) for name, (a, b) in chosen.items()}
+
+    def affordable(price: float) -> bool:
+        return capacity.budget is None or cost(spend(price)) <= capacity.budget
+
+    return spend(cheapest(prices(candidates), affordable)) if axes else widths
+
+
+def learned_cap(frame: Frame, rank: int | None) -> tuple[int, int]:
+    """Return how many learned columns of (alpha, beta) the cap leaves beside the derived ones."""
+    if rank is None:
+        return frame.alpha.shape[0], frame.beta.shape[0]
+    return max(rank - frame.fixed[0], 0), max(rank - frame.fixed[1], 0)
+
+
+def principal_axes(
+    name: str, frame: Frame, held: Mapping[str, Concept], norms: Mapping[str, float]
+) -> tuple[Tensor, Tensor, Candidates]:
+    """Return the rotations of a frame to the principal axes of all concepts in it, derived columns left alone."""
+    rank = (frame.basis.rank[0] + frame.alpha.shape[1], frame.basis.rank[1] + frame.beta.shape[1])
+    moment_alpha, moment_beta = torch.zeros(rank[0], rank[0], dtype=WORK), torch.zeros(rank[1], rank[1], dtype=WORK)
+    cores = [(core, norms[concept]) for concept, core in frame.cores.items()]
+    cores += [
+        (concept.coefficients[name].core(rank).to(WORK), concept.norm) for concept in held.values() if name in concept.coefficients
+    ]
+    for core, norm in cores:
+        moment_alpha += core.mT @ core / max(norm, 1e-30) ** 2
+        moment_beta += core @ core.mT / max(norm, 1e-30) ** 2
+    alpha, energy_alpha = axes_of(moment_alpha, frame.fixed[0])
+    beta, energy_beta = axes_of(moment_beta, frame.fixed[1])
+    costs = frame.basis.alpha.shape[0], frame.basis.beta.shape[0]
+    return alpha, beta, Candidates(energy_alpha, energy_beta, costs)
+
+
+def axes_of(moment: Tensor, fixed: int) -> tuple[Tensor, Tensor]:
+    """Return the rotation (k, k) that keeps the first `fixed` axes and sorts the rest by energy, and those energies."""
+    values, vectors = torch.linalg.eigh(moment[fixed:, fixed:])
+    rotation = torch.block_diag(torch.eye(fixed, dtype=WORK), vectors.flip(-1))
+    return rotation, values.flip(-1).clamp_min(0)
+
+
+def cut(frame: Frame, width: tuple[int, int], rotation: tuple[Tensor, Tensor] | None) -> Basis:
+    """Return the layer's new basis; without a rotation the old columns stay the same bits."""
+    if rotation is None:
+        extra = width[0] - frame.basis.rank[0], width[1] - frame.basis.rank[1]
+        if extra == (0, 0):
+            return frame.basis
+        return Basis(
+            alpha=torch.cat([frame.basis.alpha, frame.alpha[:, : extra[0]].to(frame.basis.alpha)], dim=1),
+            beta=torch.cat([frame.basis.beta, frame.beta[:, : extra[1]].to(frame.basis.beta)], dim=1),
+        )
+    wide = frame.wide
+    return Basis(
+        alpha=(wide.alpha @ rotation[0]).to(frame.basis.alpha), beta=(wide.beta @ rotation[1]).to(frame.basis.beta)
+    )
+
+
+def re_express(concept: Concept, rotations: Mapping[str, tuple[Tensor, Tensor]], layers: Mapping[str, Basis]) -> Concept:
+    """Return a held concept in the new bases, its retention lowered by what the truncation may have cost it.
+
+    Two losses at different times need not be orthogonal, so their norms add (triangle inequality): the stored retention
+    is a lower bound of the true one.
+    """
+    touched = {name: entry for name, entry in concept.coefficients.items() if name in rotations}
+    if not touched:
+        return concept
+    moved = {name: rotate(entry, *rotations[name]) for name, entry in touched.items()}
+    loss = sum(float(squared(entry) - squared(moved[name])) for name, entry in touched.items())
+    lost = (1 - concept.retention) ** 0.5 + (max(loss, 0.0) ** 0.5) / max(concept.norm, 1e-30)
+    coefficients = {
+        **concept.coefficients,
+        **{name: Coefficients(entry.alpha.float(), entry.beta.float()) for name, entry in moved.items()},
+    }
+    return Concept(
+        concept.name, coefficients, concept.norm, max(0.0, 1 - lost**2), concept.kind, concept.trigger, concept.details
+    )
+
+
+def squared(entry: Coefficients) -> Tensor:
+    """Return ||core||_F^2 of coefficients without forming the core."""
+    alpha, beta = entry.alpha.to(WORK), entry.beta.to(WORK)
+    return ((beta.mT @ beta) * (alpha.mT @ alpha)).sum()
+
+
+def express(
+    concept: str,
+    frames: Mapping[str, Frame],
+    widths: Widths,
+    rotations: Mapping[str, tuple[Tensor, Tensor]],
+    norm: float,
+    pseudo_rank: int,
+) -> tuple[dict[str, Coefficients], float]:
+    """Return a new concept's coefficients in the final bases and the share of its energy that they hold."""
+    coefficients: dict[str, Coefficients] = {}
+    total = 0.0
+    for name, frame in frames.items():
+        if concept not in frame.cores:
+            continue
+        core = frame.cores[concept]
+        if name in rotations:
+            core = rotations[name][1].mT @ core @ rotations[name][0]
+        core = core[: widths[name][1], : widths[name][0]]
+        entry = factor_core(core, min(pseudo_rank, *core.shape))
+        total += float(squared(entry))
+        if entry.pseudo_rank:
+            coefficients[name] = Coefficients(entry.alpha.float(), entry.beta.float())
+    return coefficients, min(1.0, total / norm**2) if norm else 1.0
+
+

@@ -1,0 +1,33 @@
+"""Which base a pipeline is: a digest of its architecture and a few of its weights, compared with a tolerance."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from share_diffusion.models.layers import layers, select, shape_of
+from share_diffusion.subspace import BaseIdentity
+
+PROBES = 32
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a layer's own frozen weight, wrapped or not."""
+    weight = getattr(module, "base", module).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def identify(pipeline: Any, name: str = "") -> BaseIdentity:
+    """Return the pipeline's identity; the weights are left out where they are offloaded to nowhere readable."""
+    everything = layers(pipeline)
+    lines = [f"{path} {shape_of(module)}" for path, module in sorted(everything.items())]
+    architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    chosen = [module for _, module in sorted(select(pipeline, "all-linear").items())]
+    picked = [weight_of(chosen[index * len(chosen) // PROBES]) for index in range(PROBES)]
+    if any(weight.device.type == "meta" or not weight.is_floating_point() for weight in picked):
+        return BaseIdentity(name, architecture)
+    values = tuple(float(f"{float(weight[0, index % weight.shape[1]]):.5g}") for index, weight in enumerate(picked))
+    return BaseIdentity(name, architecture, values)

@@ -1,0 +1,280 @@
+"""The subspace: shared bases per layer and every concept's coefficients; `fit`, `merge`, `drop`, `lora`, `blend`.
+
+A `Subspace` is a value: `merge` and `drop` return a new one and leave the old one as it was, so that nothing that goes
+wrong in between can damage a concept. `share_diffusion.file` reads and writes it as one file.
+
+The bases have an origin. With `adapters` every column is learned from updates and stored. With `random` or `weights`
+the first columns come from a seed or from the base's own weights, cost no bytes, and learned columns extend them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from share_diffusion.basis import Basis, Coefficients, random_basis, reconstruct, weight_basis
+from share_diffusion.capacity import Capacity
+from share_diffusion.concept import Concept
+from share_diffusion.lora import Factors, LoRA
+from share_diffusion.merge import Merged, merge_updates
+
+ORIGINS = ("adapters", "random", "weights")
+Weights = Mapping[str, Tensor]  # layer -> the base's own weight, (out, in) or (out, in, kh, kw)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a subspace's first columns come from: `rank` of them a side, drawn from `seed` or taken from the weights."""
+
+    kind: str = "adapters"
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ORIGINS:
+            raise ValueError(f"basis is {self.kind!r}; it is one of {', '.join(ORIGINS)}")
+        if (self.kind == "adapters") != (self.rank == 0):
+            raise ValueError(f"a basis of origin {self.kind} cannot have {self.rank} derived columns")
+
+    def columns(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many derived columns a layer of shape (out, in) has in (alpha, beta)."""
+        most = min(self.rank, *shape)
+        return most, most
+
+    def derive(self, layer: str, shape: tuple[int, int], weights: Weights | None = None) -> Basis:
+        """Return the derived part of a layer's basis; `weights` is needed where they are the origin."""
+        rank = self.columns(shape)[0]
+        if self.kind == "weights":
+            if weights is None or layer not in weights:
+                raise ValueError(f"the basis of {layer} comes from the base's weights; load the file together with its base")
+            basis = weight_basis(weights[layer].flatten(1), rank)
+            return Basis(basis.alpha.float(), basis.beta.float())
+        return Basis(
+            alpha=random_basis(shape[1], rank, layer_seed(self.seed, layer, "alpha")).float(),
+            beta=random_basis(shape[0], rank, layer_seed(self.seed, layer, "beta")).float(),
+        )
+
+
+def layer_seed(seed: int, layer: str, side: str) -> int:
+    """Return a seed of its own for one side of one layer."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/{side}".encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which frozen base a subspace belongs to: a name for people, a digest of its architecture, a few of its weights.
+
+    The weights are compared with a tolerance, so that the same base in half precision is the same base.
+    """
+
+    name: str = ""
+    architecture: str = ""
+    weights: tuple[float, ...] = ()
+
+    def mismatch(self, other: BaseIdentity) -> str | None:
+        """Return why `other` is not this base, or None; what is not known of either side matches everything."""
+        if self.architecture and other.architecture and self.architecture != other.architecture:
+            return f"the subspace belongs to {self.name!r}, and {other.name} has another architecture"
+        pairs = zip(self.weights, other.weights, strict=False)
+        if any(abs(ours - theirs) > 0.01 * abs(ours) + 1e-4 for ours, theirs in pairs):
+            return f"the subspace belongs to {self.name!r}, and {other.name} has other weights"
+        return None
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Shared bases and the concepts in them.
+
+    `layers` maps a layer's path to its `Basis`, `kernels` a convolution's path to (kh, kw), `concepts` a name to its
+    `Concept`, in the order in which they were learned. `generation` counts the writes of the file it was read from.
+    """
+
+    base: BaseIdentity = field(default_factory=BaseIdentity)
+    origin: Origin = field(default_factory=Origin)
+    layers: Mapping[str, Basis] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    concepts: Mapping[str, Concept] = field(default_factory=dict)
+    generation: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # unknown metadata of a file, kept on the round trip
+    complete: bool = True  # False where the derived columns are missing: good for looking, not for drawing
+
+    @classmethod
+    def fit(
+        cls,
+        loras: Mapping[str, LoRA],
+        *,
+        base: BaseIdentity | None = None,
+        basis: str = "adapters",
+        basis_seed: int = 0,
+        derived_rank: int = 0,
+        weights: Weights | None = None,
+        capacity: Capacity | None = None,
+        pseudo_rank: int | None = None,
+    ) -> Subspace:
+        """Return the first subspace of one or more LoRAs (concept name -> LoRA).
+
+        Equals merging them all at once into an empty subspace. `basis` random or weights starts from `derived_rank`
+        columns that are not stored; `capacity` says how much is kept (see `Capacity`).
+        """
+        empty = cls(base=base or BaseIdentity(), origin=Origin(basis, derived_rank, basis_seed if basis == "random" else 0))
+        return empty.merge(loras, weights=weights, capacity=capacity, pseudo_rank=pseudo_rank)
+
+    def merge(
+        self,
+        loras: Mapping[str, LoRA],
+        *,
+        weights: Weights | None = None,
+        capacity: Capacity | None = None,
+        pseudo_rank: int | None = None,
+        about: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Subspace:
+        """Return a subspace that holds the new concepts as well; `about` gives each one's kind, trigger and details.
+
+        Earlier concepts stay the same bits unless a cap or budget forces a truncation (see `merge.py`).
+        Raises ValueError where a name is taken, a value is not finite or a shape does not fit, all problems at once.
+        """
+        refuse(self.merge_problems(loras))
+        grown = self.with_layers({layer: factors for lora in loras.values() for layer, factors in lora.layers.items()}, weights)
+        updates = {name: lora.layers for name, lora in loras.items()}
+        norms = {name: lora.norm for name, lora in loras.items()}
+        merged = merge_updates(
+            grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank
+        )
+        return replace(grown, layers=merged.layers, concepts=grown.join(merged, norms, about or {}))
+
+    def merge_problems(self, loras: Mapping[str, LoRA]) -> list[str]:
+        """Return everything that forbids a merge."""
+        problems = [] if loras else ["there is no LoRA to merge; give at least one"]
+        taken = {name.casefold(): name for name in self.concepts}
+        for name, lora in loras.items():
+            if name.casefold() in taken:
+                problems.append(f"concept {name!r} is already there as {taken[name.casefold()]!r}; drop it first or choose another name")
+            for layer, factors in lora.layers.items():
+                if not (torch.isfinite(factors.up).all() and torch.isfinite(factors.down).all()):
+                    problems.append(f"concept {name!r}: {layer} holds NaN or infinite values; train it again or leave it out")
+                held = self.layers.get(layer)
+                if held is not None and factors.shape != (held.beta.shape[0], held.alpha.shape[0]):
+                    expected = (held.beta.shape[0], held.alpha.shape[0])
+                    problems.append(f"concept {name!r}: {layer} is {factors.shape}, the subspace has {expected}; is it for another base?")
+        return problems
+
+    def with_layers(self, factors: Mapping[str, Factors], weights: Weights | None = None) -> Subspace:
+        """Return the subspace with a (derived or empty) basis for every layer it does not know yet."""
+        fresh = {layer: entry for layer, entry in factors.items() if layer not in self.layers}
+        bases = {layer: self.origin.derive(layer, entry.shape, weights) for layer, entry in fresh.items()}
+        kernels = {layer: entry.kernel for layer, entry in fresh.items() if entry.kernel is not None}
+        return replace(
+            self, layers=dict(sorted({**self.layers, **bases}.items())), kernels=dict(sorted({**self.kernels, **kernels}.items()))
+        )
+
+    def join(self, merged: Merged, norms: Mapping[str, float], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Concept]:
+        """Return held and new concepts as one mapping, oldest first."""
+        new = {
+            name: Concept(name=name, coefficients=coefficients, norm=norms[name], retention=retention, **about.get(name, {}))
+            for name, (coefficients, retention) in merged.new.items()
+        }
+        return {**merged.held, **{concept.name: concept for concept in new.values()}}
+
+    def drop(self, name: str) -> Subspace:
+        """Return the subspace without a concept; learned columns that no other concept uses go with it."""
+        self[name]
+        concepts = {key: concept for key, concept in self.concepts.items() if key != name}
+        used = {layer: self.used_columns(layer, concepts) for layer in self.layers}
+        layers = {
+            layer: Basis(basis.alpha[:, : used[layer][0]], basis.beta[:, : used[layer][1]]) for layer, basis in self.layers.items()
+        }
+        return replace(self, layers=layers, concepts=concepts)
+
+    def used_columns(self, layer: str, concepts: Mapping[str, Concept]) -> tuple[int, int]:
+        """Return how many leading columns of a layer are still needed by the concepts, derived ones included."""
+        entries = [concept.coefficients[layer] for concept in concepts.values() if layer in concept.coefficients]
+        fixed = self.fixed[layer]
+        return (
+            max([fixed[0], *(entry.alpha.shape[0] for entry in entries)]),
+            max([fixed[1], *(entry.beta.shape[0] for entry in entries)]),
+        )
+
+    def __getitem__(self, name: str) -> Concept:
+        """Return a concept; an unknown name is a ValueError that lists the known ones."""
+        if name not in self.concepts:
+            known = ", ".join(self.concepts) or "none yet"
+            raise ValueError(f"unknown concept {name!r}; the subspace holds: {known}")
+        return self.concepts[name]
+
+    @property
+    def fixed(self) -> dict[str, tuple[int, int]]:
+        """Derived columns of every layer, as (alpha, beta)."""
+        return {
+            layer: self.origin.columns((basis.beta.shape[0], basis.alpha.shape[0])) for layer, basis in self.layers.items()
+        }
+
+    @property
+    def basis_version(self) -> str:
+        """A digest of the bases: equal exactly when coefficients learned against one are right in the other."""
+        digest = hashlib.sha256(repr(self.origin).encode())
+        for layer, basis in sorted(self.layers.items()):
+            digest.update(layer.encode())
+            for side in (basis.alpha, basis.beta):
+                digest.update(repr(tuple(side.shape)).encode())
+                digest.update(side.to(torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def lora(self, name: str) -> LoRA:
+        """Return a concept as an ordinary LoRA: up = beta @ eps_beta, down = (alpha @ eps_alpha).T."""
+        layers = {}
+        for layer, entry in self[name].coefficients.items():
+            up, down = reconstruct(self.layers[layer], entry)
+            layers[layer] = Factors(up, down, self.kernels.get(layer))
+        return LoRA(layers, {})
+
+    def blend(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the core sum_i w_i C_i of every layer that a concept of non-zero weight changes, (k', k)."""
+        cores: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            for layer, entry in self[name].coefficients.items() if weight else ():
+                core = weight * entry.core(self.layers[layer].rank)
+                cores[layer] = cores[layer] + core if layer in cores else core
+        return cores
+
+    def overlap(self) -> Tensor:
+        """Return the cosines of the concepts' updates, (concepts, concepts): <dW_i, dW_j> / (||dW_i|| ||dW_j||)."""
+        concepts = list(self.concepts.values())
+        products = torch.zeros(len(concepts), len(concepts), dtype=torch.float64)
+        for layer, basis in self.layers.items():
+            cores = [entry.coefficients[layer].core(basis.rank) if layer in entry.coefficients else None for entry in concepts]
+            empty = torch.zeros(basis.rank[1], basis.rank[0])
+            rows = torch.stack([(empty if core is None else core).flatten().double() for core in cores]) if cores else empty
+            products += rows @ rows.T
+        norms = products.diagonal().sqrt().clamp_min(1e-30)
+        return products / norms[:, None] / norms[None]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], weights: Weights | None = None) -> Subspace:
+        """Read a subspace file; `weights` (of the base) is needed only where the basis comes from them."""
+        from share_diffusion.file import load
+
+        return load(path, weights)
+
+    def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> Subspace:
+        """Write the file, whole or not at all, and return the subspace with the file's new generation.
+
+        Raises ConflictError where the file has changed since it was read, or exists and was never read, unless `replace`.
+        """
+        from share_diffusion.file import save
+
+        return save(self, path, replace=replace)
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise ValueError with all problems, if there are any."""
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+__all__ = ["BaseIdentity", "Capacity", "Coefficients", "Concept", "Origin", "Subspace"]
