@@ -148,7 +148,11 @@ def parse(text: bytes, file_bytes: int) -> Header:
     body_start = PREFIX_BYTES + len(text)
     _require_layout(fields, infos, file_bytes - body_start)
     header = Header(envelope["content"], infos, envelope["generation"], envelope["checksum"], body_start)
-    if encode(header)[PREFIX_BYTES:] != text:
+    try:
+        spelling = encode(header)[PREFIX_BYTES:]
+    except ValueError as fault:
+        raise FormatError(f"is damaged: {shorten(str(fault))}") from None
+    if spelling != text:
         raise FormatError(
             "is damaged: its header is not spelled the way it is written (a key twice, another order, white space)"
         )

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import json
 import re
-import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,7 +58,8 @@ class Dataset:
 
     def report(self) -> str:
         """What will be trained on, in a few lines to print before training."""
-        caption = textwrap.shorten(self.examples[0].caption, 70, placeholder=" ...")
+        caption = self.examples[0].caption
+        caption = caption if len(caption) <= 70 else caption[:66] + " ..."
         head = f"{len(self)} picture{'s' if len(self) > 1 else ''} ({len(self)} captioned, e.g. {caption!r})"
         if (total := sum(example.repeats for example in self.examples)) != len(self):
             head += f", {total} with repeats"

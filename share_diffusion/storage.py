@@ -47,6 +47,7 @@ _REMEDIES = {
     errno.EPERM: "check the permissions and attributes of the file and its folder",
     errno.EROFS: "the disk is mounted read-only: choose another folder",
     errno.ENOENT: "check the spelling, and create the folder first if it is missing",
+    errno.ENOSYS: "its file system cannot do this: move the file to a local disk",
     errno.ENAMETOOLONG: "choose a shorter name: some 40 bytes are added to it for temporary files",
 }
 _NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -88,7 +89,7 @@ def read_tensors(path: AnyPath, names: Iterable[str]) -> dict[str, Tensor]:
                 f"({len(missing)} of {len(names)} names missing): see read_header for those it holds"
             )
         tensors = {name: _read_tensor(file, header, name) for name in names}
-        container.require_storable(tensors)
+        _require_usable(tensors)
     return tensors
 
 
@@ -142,6 +143,8 @@ def locked(path: AnyPath, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[Non
             lock.acquire(timeout=timeout)
         except Timeout:
             raise StorageError(_busy_message(target, holder, timeout)) from None
+        except NotImplementedError as error:  # from releases of filelock without a fallback
+            raise OSError(errno.ENOSYS, str(error)) from error
     try:
         if outermost:
             _sign(holder)
@@ -220,8 +223,16 @@ def _load(path: AnyPath, *, verify: bool = True) -> tuple[Header, dict[str, Tens
         tensors = {name: _read_tensor(file, header, name) for name in header.tensors}
     if verify and container.checksum(header, map(container.raw_bytes, tensors.values())) != header.checksum:
         raise FormatError("is damaged: its checksum does not match its content")
-    container.require_storable(tensors)
+    _require_usable(tensors)
     return header, tensors
+
+
+def _require_usable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error for NaN and infinity, which another writer may have stored under a right checksum."""
+    try:
+        container.require_storable(tensors)
+    except FormatError as fault:
+        raise FormatError(f"is unusable: {fault}") from None
 
 
 def _read_header(file: BinaryIO) -> Header:
@@ -269,9 +280,8 @@ def _last_known_generation(target: Path) -> int:
     return 0
 
 
-def _install(target: Path, parts: Iterable[bytes]) -> None:
+def _install(target: Path, parts: tuple[bytes, ...]) -> None:
     """Write a new file beside the target, keep the old one as backup and rename the new one into its place."""
-    parts = list(parts)
     existing = target.stat() if target.exists() else None
     if existing and not stat.S_ISREG(existing.st_mode):
         raise StorageError(f"{target} is not a regular file: choose another path")
@@ -390,7 +400,8 @@ def _sign(holder: Path) -> None:
 def _busy_message(target: Path, holder: Path, timeout: float) -> str:
     """Return the message for a lock that another process kept too long."""
     try:
-        owner = f"process {int(holder.read_text())}"
+        with _open(holder) as file:
+            owner = f"process {int(file.read(20))}"
     except (OSError, ValueError):
         owner = "another process or thread"
     return f"{target} is in use: {owner} held its lock for more than {timeout:g} s; wait for it to finish, or end it"

@@ -72,6 +72,7 @@ def test_an_empty_caption_is_none(tmp_path: Path) -> None:
         ("a red fox (2).png", "a red fox"),
         ("close-up of a fox.PNG", "close-up of a fox"),
         ("4k fox.png", "4k fox"),
+        ("apollo11.png", "apollo11"),
         ("cafe\u0301.png", "caf\u00e9"),
     ],
 )
@@ -225,6 +226,11 @@ def test_kohya_folders_repeat_their_pictures(tmp_path: Path) -> None:
     assert "3_inner" in data.report()
 
 
+def test_a_kohya_folder_given_itself_counts_once(tmp_path: Path) -> None:
+    draw(tmp_path / "10_cat" / "a.png")
+    assert read_dataset(tmp_path / "10_cat", instance_prompt=PROMPT).examples[0].repeats == 1
+
+
 def test_kohya_class_words_are_proposed_as_the_prompt(tmp_path: Path) -> None:
     draw(tmp_path / "10_sks dog" / "a.png")
     assert "--instance_prompt 'sks dog'" in refusal(tmp_path)
@@ -311,6 +317,13 @@ def test_what_is_ignored_and_what_is_skipped_with_a_reason(tmp_path: Path) -> No
     assert reasons.keys() == bad.keys()
     assert all(word in reasons[name] for name, word in bad.items())
     assert all(";" in reason for reason in reasons.values())  # each with its remedy
+
+
+def test_a_pipe_for_a_caption_does_not_block(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.txt")
+    data = read_dataset(tmp_path, instance_prompt=PROMPT)
+    assert data.skipped == ((tmp_path / "a.txt", "is not a regular file; remove it"),)
 
 
 def test_minimum_side_is_a_setting(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_the_error_survives_pickling() -> None:
 
 def test_the_window_lies_where_crop_says() -> None:
     wide, tall = Image.fromarray(SCENE), Image.fromarray(SCENE.transpose(1, 0, 2).copy())
-    for place, left in [(0.0, 0), (0.5, 1), (1.0, 2)]:  # 7 - 5 = 2 pixels to move in
+    for place, left in [(0.0, 0), (0.5, 1), (0.9, 2), (1.0, 2)]:  # 7 - 5 = 2 pixels to move in
         window = SCENE[:, left : left + 5]
         assert (np.asarray(fit_picture(wide, 5, crop=(place, 0.3))) == window).all()
         assert (np.asarray(fit_picture(tall, 5, crop=(0.3, place))) == window.transpose(1, 0, 2)).all()

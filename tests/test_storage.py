@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from filelock import FileLock
 
 from share_diffusion import container, storage
 from share_diffusion.storage import ConflictError, StorageError, read, read_header, read_tensors, verify, write
@@ -196,7 +197,7 @@ def test_nan_and_infinity_are_refused_when_writing_and_reading(
         patch.setattr(container, "require_storable", lambda tensors: None)
         write(tmp_path / "f", tensors, {}, expected_generation=None)
     for attempt in (verify, lambda path: read(path, verify=False), lambda path: read_tensors(path, ["the bad one"])):
-        with pytest.raises(StorageError, match="tensor 'the bad one' holds NaN or infinity"):
+        with pytest.raises(StorageError, match="is unusable: tensor 'the bad one' holds NaN or infinity"):
             attempt(tmp_path / "f")
 
 
@@ -411,6 +412,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_entries(*[f'"{n}":{{"shape":[0]}}' for n in range(200_001)]),
         "200,001 tensors, above the limit of 200,000",
     ),
+    "surrogate in a name": (lambda: with_entries(f'"\\ud800":{entry()}'), "surrogates not allowed"),
     "script in a name": (
         lambda: with_entries('"</script>\\u001b[31m":1'),
         r"tensor '</script>\\x1b\[31m' is malformed",
@@ -868,6 +870,22 @@ def test_lock_excludes_other_threads(tmp_path: Path) -> None:
         thread.join()
     assert len(messages) == 1
     assert "is in use" in messages[0]
+
+
+@needs_fork
+def test_missing_file_locks_are_not_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    # Newer releases of filelock warn and lock by the existence of a file, older ones give up.
+    if hasattr(FileLock, "fallback_to_soft"):
+        with pytest.warns(UserWarning, match="flock not supported"):
+            create(tmp_path / "f")
+        assert read(tmp_path / "f")[2] == 1
+    else:
+        with pytest.raises(StorageError, match="move the file to a local disk"):
+            create(tmp_path / "f")
 
 
 def test_lock_is_released_after_an_error(tmp_path: Path) -> None:

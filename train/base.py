@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from share_diffusion.world.scene import paint, reduce, sample_scene
 from share_diffusion.world.textures import texture
 
 TOKENS = 48
+LATENT_CHANNELS = 8
 WIDTH = 128
 
 
@@ -51,8 +53,8 @@ class BaseSettings:
     scenes: int = flag(24000, "pictures of the base's training set")
     textures: int = flag(8000, "pictures without a scene, for the autoencoder alone")
     captions: int = flag(6, "wordings per picture")
-    autoencoder_steps: int = flag(1400, "optimizer steps of the autoencoder, 16 pictures each")
-    denoiser_steps: int = flag(7000, "optimizer steps of denoiser and text encoder, 32 pictures each")
+    autoencoder_steps: int = flag(1700, "optimizer steps of the autoencoder, 16 pictures each")
+    denoiser_steps: int = flag(5000, "optimizer steps of denoiser and text encoder, 32 pictures each")
     checkpointing_steps: int = flag(250, "optimizer steps between two checkpoints")
     seed: int = flag(0, "decides pictures, weights and noise")
     threads: int = flag(1, "CPU threads")
@@ -108,17 +110,26 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """Return an untrained AutoencoderKL of stride 4 with 4 latent channels."""
-    return AutoencoderKL(
+    """Return an untrained AutoencoderKL of stride 4.
+
+    Measured at equal wall time on one core (reconstruction of unseen scenes after 100 steps): no residual blocks on the
+    way down and one a level on the way up 17.5 dB, one and two of them 16.0 dB; 48 channels as good as 64. Residual
+    branches start at zero (+1.5 dB). Four latent channels blur colours at this compression, eight do not.
+    """
+    autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
+        block_out_channels=(48, 48, 48),
+        layers_per_block=0,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=16,
         sample_size=64,
         mid_block_add_attention=False,
     )
+    for module in autoencoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+    return autoencoder
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -143,8 +154,8 @@ def make_denoiser() -> UNet2DConditionModel:
     """Return an untrained UNet on 16 x 16 latents: attention at 8 x 8, in the middle, and on the way up at 16 x 16."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128, 128),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -255,16 +266,16 @@ def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> Autoencod
         slopes = zip(edges(rebuilt), edges(batch), strict=True)
         return {
             "pixels": F.l1_loss(rebuilt, batch) + F.mse_loss(rebuilt, batch),
-            "edges": sum((F.l1_loss(ours, real) for ours, real in slopes), torch.zeros(())),
+            "edges": 0.5 * sum((F.l1_loss(ours, real) for ours, real in slopes), torch.zeros(())),
             "kl": 1e-5 * posterior.kl().mean() / 1024,
         }
 
-    return optimize("autoencoder", modules, loss_at, settings.autoencoder_steps, 2e-3, settings)["vae"]  # type: ignore[return-value]
+    return optimize("autoencoder", modules, loss_at, settings.autoencoder_steps, 3e-3, settings)["vae"]  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
-    """Return the latents' means (count, 4, 16, 16), unscaled."""
+    """Return the latents' means (count, 8, 16, 16), unscaled."""
     means = []
     for start in tqdm(range(0, len(pictures), 64), desc="latents", mininterval=2):
         batch = to_batch(pictures[start : start + 64])

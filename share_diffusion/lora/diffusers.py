@@ -140,7 +140,7 @@ def spell_diffusers(layers: Mapping[str, Factors], name: str) -> tuple[dict[str,
         tensors[f"{layer}.lora_B.weight"], tensors[f"{layer}.lora_A.weight"] = four_dimensional(factors)
     metadata = {"format": "pt"}
     if len({factors.rank for factors in layers.values()}) > 1:
-        # Without it, diffusers before 0.42 gives all layers the alpha of the first one.
+        # Without it, diffusers 0.35 gives every layer the alpha of the first one.
         metadata["lora_adapter_metadata"] = json.dumps(adapter_metadata(layers), sort_keys=True)
     return tensors, metadata
 

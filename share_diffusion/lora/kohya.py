@@ -47,7 +47,7 @@ def split_kohya(key: str) -> tuple[str, Role] | None:
 
 
 def spell_kohya(layers: Mapping[str, Factors], name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the least metadata of a kohya file called `name`, with alpha = r where all layers have one rank."""
+    """The tensors and the least metadata of a kohya file called `name`, alpha = r where all layers have one rank."""
     names = kohya_names(layers)
     # One alpha for all: diffusers 0.42 overlooks those of attention and CLIP layers that differ from the commonest.
     alpha = Counter(factors.rank for factors in layers.values()).most_common(1)[0][0]

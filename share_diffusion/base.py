@@ -1,0 +1,88 @@
+"""Load a frozen base: the embedded `tiny`, a diffusers folder, a hub id or a single .safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+def base_name(name_or_path: str | os.PathLike[str]) -> str:
+    """Return a short name fit for a folder: `tiny`, the last part of a hub id or path."""
+    return Path(name_or_path).name.removesuffix(".safetensors") or "base"
+
+
+def load_base(
+    name_or_path: str | os.PathLike[str] = "tiny",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> Any:
+    """Return the base's ordinary diffusers pipeline, in evaluation mode and without a progress bar of its own.
+
+    Raises ValueError with the remedy when there is no such base here and none can be fetched.
+    """
+    source = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
+    if str(name_or_path) == "tiny" and not (TINY / "model_index.json").is_file():
+        raise ValueError(f"the embedded base is missing ({TINY}); reinstall the package, or make it with train/base.py")
+    if source.suffix in (".ckpt", ".pt", ".bin"):
+        raise ValueError(f"base {str(source)!r}: pickled files can run code; convert it to .safetensors first")
+    try:
+        with quiet():
+            pipeline = open_pipeline(str(name_or_path), source, dtype, local_files_only)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"cannot load the base {str(name_or_path)!r}: {first}. Give `tiny`, a diffusers folder, a .safetensors file, "
+            "or a hub id that can be reached (or is in the local cache, with --local_files_only)"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def open_pipeline(name: str, source: Path, dtype: torch.dtype, local_files_only: bool) -> Any:
+    """Return the pipeline of a single file, a folder or a hub id."""
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": local_files_only}
+    if source.suffix == ".safetensors":
+        if not source.is_file():
+            raise ValueError(f"there is no file {name}")
+        try:
+            return StableDiffusionPipeline.from_single_file(name, **options)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return StableDiffusionXLPipeline.from_single_file(name, **options)
+    place = str(source) if source.is_dir() else name
+    if source.is_dir() and not (source / "model_index.json").is_file():
+        raise ValueError(f"the folder {name} holds no model_index.json")
+    return DiffusionPipeline.from_pretrained(place, use_safetensors=True, **options)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' loading bars and their notices about optional packages; their errors still come through."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()

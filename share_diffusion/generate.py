@@ -1,0 +1,130 @@
+"""Draw pictures with the ordinary pipeline: one seed one picture on any device, settings inside the PNG."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from share_diffusion.models.stable_diffusion import native_resolution
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is drawn; None stands for the base's own default."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            problems.append(f"steps is {self.steps}; it is 1 to 1000")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None and (not 16 <= side <= 4096 or side % 16):
+                problems.append(f"{name} is {side}; it is a multiple of 16 from 16 to 4096")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
+            problems.append(f"guidance_scale is {self.guidance_scale}; it is 0 to 100")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def resolved(self, pipeline: Any) -> Sampling:
+        """Return the settings with every None replaced by the base's default."""
+        side = native_resolution(pipeline)
+        small = side <= 128
+        return Sampling(
+            steps=self.steps or (25 if small else 30),
+            guidance_scale=self.guidance_scale if self.guidance_scale is not None else (3.0 if small else 7.5),
+            negative_prompt=self.negative_prompt,
+            width=self.width or side,
+            height=self.height or side,
+        )
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """Return one picture for each prompt and seed; equal (prompt, seed, settings) give the same start on every device.
+
+    `progress` is called with the number of pictures done after every batch.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
+    chosen = (sampling or Sampling()).resolved(pipeline)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), BATCH):
+        some = list(prompts[start : start + BATCH])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
+        with torch.no_grad():
+            pictures += pipeline(
+                some,
+                negative_prompt=[chosen.negative_prompt] * len(some),
+                num_inference_steps=chosen.steps,
+                guidance_scale=chosen.guidance_scale,
+                width=chosen.width,
+                height=chosen.height,
+                generator=generators,
+            ).images
+        if progress is not None:
+            progress(len(pictures))
+    return pictures
+
+
+def png_info(prompt: str, seed: int, sampling: Sampling, blend: str, facts: dict[str, Any]) -> PngInfo:
+    """Return the settings as PNG text: `share` holds JSON with all of them, `parameters` the line that A1111 reads."""
+    info = PngInfo()
+    settings = {"prompt": prompt, "blend": blend, "seed": seed, **asdict(sampling), **facts}
+    info.add_itxt("share", json.dumps(settings, ensure_ascii=False, sort_keys=True))
+    lines = [prompt] + ([f"Negative prompt: {sampling.negative_prompt}"] if sampling.negative_prompt else [])
+    lines.append(
+        f"Steps: {sampling.steps}, CFG scale: {sampling.guidance_scale:g}, Seed: {seed}, "
+        f"Size: {sampling.width}x{sampling.height}, Model: {facts.get('base', '')}, Share blend: {blend}"
+    )
+    info.add_itxt("parameters", "\n".join(lines))
+    return info
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], info: PngInfo | None = None) -> None:
+    """Write a PNG whole or not at all."""
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part, format="PNG", pnginfo=info)
+        part.replace(target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the settings inside a PNG written here, or {} where there are none."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get("share", "")
+    try:
+        settings = json.loads(text) if 0 < len(text) <= 65_536 else {}
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def with_size(sampling: Sampling, side: int) -> Sampling:
+    """Return the settings for square pictures of another size."""
+    return replace(sampling, width=side, height=side)
