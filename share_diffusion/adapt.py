@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from share_diffusion.attach import Attached
-from share_diffusion.basis import WORK, Basis, outside, principal_directions
+from share_diffusion.basis import WORK, Basis, Coefficients, outside, pad_rows, principal_directions
 from share_diffusion.layer import Update
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.layers import shape_of
@@ -108,6 +108,23 @@ class Learner(nn.Module):
             up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs], dim=0)
             layers[name] = Factors(up.cpu().float(), down.cpu().float(), self.kernels[name])
         return LoRA(layers, {})
+
+    def start_from(self, coefficients: Mapping[str, Coefficients]) -> None:
+        """Set the trainable coefficients to a held concept's."""
+        with torch.no_grad():
+            for name, (path,) in self.by_layer().items():
+                entry = coefficients[name]
+                path.coefficients_alpha = nn.Parameter(pad_rows(entry.alpha, path.alpha.shape[1]).clone())
+                path.coefficients_beta = nn.Parameter(pad_rows(entry.beta, path.beta.shape[1]).clone())
+
+    def coefficients(self) -> dict[str, Coefficients]:
+        """Return the coefficients of a learner that has one frozen path a layer."""
+        held = {}
+        for name, (path,) in self.by_layer().items():
+            assert path.coefficients_alpha is not None
+            assert path.coefficients_beta is not None
+            held[name] = Coefficients(path.coefficients_alpha.detach().cpu(), path.coefficients_beta.detach().cpu())
+        return held
 
     def parameter_groups(self, rate: float, factor_rate: float) -> list[dict]:
         """Return the optimizer's groups: coefficients at `rate`, factors (and LoRAs) at `factor_rate`."""

@@ -64,7 +64,10 @@ class AttachedSubspace(Attached):
         self.subspace = subspace
         self.blend = Blend({})
         super().__init__(pipeline, sorted(subspace.layers))
-        self.bases = {path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path])) for path, basis in subspace.layers.items()}
+        self.bases = {
+            path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]))
+            for path, basis in subspace.layers.items()
+        }
 
     def set_blend(self, blend: Blend | str | Mapping[str, float] | None) -> Blend:
         """Make a blend active, e.g. "watercolor:0.8 + robot:0.5"; None or "" is the untouched base.

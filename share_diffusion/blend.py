@@ -55,7 +55,10 @@ class Blend:
 
     def __str__(self) -> str:
         written = (name if PLAIN.fullmatch(name) and name == name.strip() else f'"{name}"' for name in self.weights)
-        return " + ".join(f"{name}:{weight:g}" if float(f"{weight:g}") == weight else f"{name}:{weight!r}" for name, weight in zip(written, self.weights.values(), strict=True))
+        return " + ".join(
+            f"{name}:{weight:g}" if float(f"{weight:g}") == weight else f"{name}:{weight!r}"
+            for name, weight in zip(written, self.weights.values(), strict=True)
+        )
 
 
 def terms(text: str) -> Iterator[tuple[int, str, str]]:

@@ -26,7 +26,9 @@ def check_name(name: str) -> str:
         problems.append(f"it has {len(name)} characters (at most {NAME_LIMIT})")
     if bad := sorted({character for character in name if character in FORBIDDEN}):
         problems.append("it holds " + " ".join(repr(character) for character in bad))
-    if hidden := [f"U+{ord(c):04X}" for c in name if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in FORBIDDEN]:
+    if hidden := [
+        f"U+{ord(c):04X}" for c in name if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in FORBIDDEN
+    ]:
         problems.append("it holds invisible characters " + " ".join(hidden))
     if problems:
         raise ValueError(

@@ -251,8 +251,7 @@ def _open_envelope(block: Any) -> dict[str, Any]:
     version = envelope.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise FormatError(
-            f"has format version {shorten(version)}, newer than version {FORMAT_VERSION} known here: "
-            "upgrade share-diffusion"
+            f"has format version {shorten(version)}, newer than version {FORMAT_VERSION} known here: upgrade share-diffusion"
         )
     kinds = {field: type(value) for field, value in envelope.items()}
     if kinds != _ENVELOPE_TYPES or version != FORMAT_VERSION or envelope["generation"] < 1:

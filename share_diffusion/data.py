@@ -94,8 +94,7 @@ def read_dataset(
         raise ValueError("\n".join(problems))
 
     examples = tuple(
-        Example(picture, caption.text, _repeats(picture, root))
-        for picture, caption in zip(pictures, captions, strict=True)
+        Example(picture, caption.text, _repeats(picture, root)) for picture, caption in zip(pictures, captions, strict=True)
     )
     digests = [_digest(picture) for picture in pictures]
     notes = [*_caption_notes(captions, trigger), *_unmatched(rows, files), *_duplicates(root, pictures, digests)]

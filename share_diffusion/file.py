@@ -48,7 +48,9 @@ class Listing:
 def save(subspace: Subspace, path: str | os.PathLike[str], *, replace: bool = False) -> Subspace:
     """Write a subspace, whole or not at all; see `Subspace.save`."""
     if not subspace.complete:
-        raise ValueError("this subspace was loaded without its base's weights, only to be looked at; load it with them to save it")
+        raise ValueError(
+            "this subspace was loaded without its base's weights, only to be looked at; load it with them to save it"
+        )
     tensors, metadata = pack(subspace)
     expected = None if replace else subspace.generation
     generation = storage.write(path, tensors, metadata, expected_generation=expected, replace=replace)
@@ -134,7 +136,7 @@ def unpack(
     look = look and origin.kind == "weights" and weights is None
     layers = {}
     for layer, shape in shapes.items():
-        derived = blank(origin, shape) if look else derive(origin, layer, shape, weights)
+        derived = blank(origin, shape) if look else origin.derive(layer, shape, weights)
         layers[layer] = Basis(
             alpha=torch.cat([derived.alpha, tensors[f"{layer}.share_alpha"].float()], dim=1),
             beta=torch.cat([derived.beta, tensors[f"{layer}.share_beta"].float()], dim=1),
@@ -159,11 +161,6 @@ def unpack(
     )
 
 
-def derive(origin: Origin, layer: str, shape: tuple[int, int], weights: Weights | None) -> Basis:
-    """Return a layer's derived columns, of which a basis learned from adapters has none."""
-    return blank(origin, shape) if origin.kind == "adapters" else origin.derive(layer, shape, weights)
-
-
 def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
     """Return zeros in place of derived columns."""
     alpha, beta = origin.columns(shape)
@@ -180,3 +177,11 @@ def cut(packed: Tensor, order: list[str], layout: list[list[int]]) -> dict[str, 
         if rank:
             coefficients[layer] = Coefficients(both[0].reshape(alpha, rank), both[1].reshape(beta, rank))
     return coefficients
+
+
+def drop_concept(path: str | os.PathLike[str], name: str) -> list[str]:
+    """Take a concept out of a file and return the names that are left; works without the base's weights."""
+    subspace = load(path, look=True)
+    smaller = changed(subspace.drop(name), complete=True)  # derived columns are not in the file, so none are needed
+    save(smaller, path)
+    return list(smaller.concepts)

@@ -90,7 +90,11 @@ class ShareConv(ShareLayer):
         if padding is not None:
             inputs = F.pad(inputs, padding, mode=base.padding_mode)  # type: ignore[arg-type]
         hidden = F.conv2d(
-            inputs, kernel, stride=base.stride, padding=0 if padding is not None else base.padding, dilation=base.dilation  # type: ignore[arg-type]
+            inputs,
+            kernel,
+            stride=base.stride,
+            padding=0 if padding is not None else base.padding,
+            dilation=base.dilation,  # type: ignore[arg-type]
         )
         for matrix in update.middle:
             hidden = F.conv2d(hidden, matrix.mT[:, :, None, None])

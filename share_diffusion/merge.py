@@ -92,9 +92,7 @@ def merge_updates(
         tight = set(frames)
     axes = {name: principal_axes(name, frames[name], held, norms) for name in sorted(tight)}
     widths = narrow(frames, axes, widths, capacity, lambda chosen: cost(chosen, tight))
-    rotations = {
-        name: (alpha[:, : widths[name][0]], beta[:, : widths[name][1]]) for name, (alpha, beta, _) in axes.items()
-    }
+    rotations = {name: (alpha[:, : widths[name][0]], beta[:, : widths[name][1]]) for name, (alpha, beta, _) in axes.items()}
     bases = {**layers}
     for name, frame in frames.items():
         bases[name] = cut(frame, widths[name], rotations.get(name))
@@ -221,9 +219,7 @@ def cumulative(frame: Frame) -> dict[str, Tensor]:
 
 def kept(concept: str, tables: Mapping[str, Mapping[str, Tensor]], widths: Widths) -> float:
     """Return how much energy a new concept keeps at these widths."""
-    return sum(
-        float(table[concept][widths[name][1], widths[name][0]]) for name, table in tables.items() if concept in table
-    )
+    return sum(float(table[concept][widths[name][1], widths[name][0]]) for name, table in tables.items() if concept in table)
 
 
 def over_rank(frames: Mapping[str, Frame], widths: Widths, rank: int | None) -> set[str]:
@@ -293,7 +289,9 @@ def principal_axes(
     moment_alpha, moment_beta = torch.zeros(rank[0], rank[0], dtype=WORK), torch.zeros(rank[1], rank[1], dtype=WORK)
     cores = [(core, norms[concept]) for concept, core in frame.cores.items()]
     cores += [
-        (concept.coefficients[name].core(rank).to(WORK), concept.norm) for concept in held.values() if name in concept.coefficients
+        (concept.coefficients[name].core(rank).to(WORK), concept.norm)
+        for concept in held.values()
+        if name in concept.coefficients
     ]
     for core, norm in cores:
         moment_alpha += core.mT @ core / max(norm, 1e-30) ** 2
@@ -322,9 +320,7 @@ def cut(frame: Frame, width: tuple[int, int], rotation: tuple[Tensor, Tensor] | 
             beta=torch.cat([frame.basis.beta, frame.beta[:, : extra[1]].to(frame.basis.beta)], dim=1),
         )
     wide = frame.wide
-    return Basis(
-        alpha=(wide.alpha @ rotation[0]).to(frame.basis.alpha), beta=(wide.beta @ rotation[1]).to(frame.basis.beta)
-    )
+    return Basis(alpha=(wide.alpha @ rotation[0]).to(frame.basis.alpha), beta=(wide.beta @ rotation[1]).to(frame.basis.beta))
 
 
 def re_express(concept: Concept, rotations: Mapping[str, tuple[Tensor, Tensor]], layers: Mapping[str, Basis]) -> Concept:
@@ -377,5 +373,3 @@ def express(
         if entry.pseudo_rank:
             coefficients[name] = Coefficients(entry.alpha.float(), entry.beta.float())
     return coefficients, min(1.0, total / norm**2) if norm else 1.0
-
-

@@ -60,7 +60,12 @@ def _build(settings: type, prog: str | None, description: str | None) -> _Parser
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
             parser.add_argument(
-                *names, type=kind, choices=field.metadata["choices"], nargs="+" if many else None, metavar="VALUE", **common
+                *names,
+                type=kind,
+                choices=field.metadata["choices"],
+                nargs="+" if many else None,
+                metavar="VALUE",
+                **common,
             )
     return parser
 

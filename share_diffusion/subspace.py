@@ -22,7 +22,7 @@ from share_diffusion.basis import Basis, Coefficients, random_basis, reconstruct
 from share_diffusion.capacity import Capacity
 from share_diffusion.concept import Concept
 from share_diffusion.lora import Factors, LoRA
-from share_diffusion.merge import Merged, merge_updates
+from share_diffusion.merge import Merged, merge_updates, squared
 
 ORIGINS = ("adapters", "random", "weights")
 Weights = Mapping[str, Tensor]  # layer -> the base's own weight, (out, in) or (out, in, kh, kw)
@@ -50,6 +50,8 @@ class Origin:
     def derive(self, layer: str, shape: tuple[int, int], weights: Weights | None = None) -> Basis:
         """Return the derived part of a layer's basis; `weights` is needed where they are the origin."""
         rank = self.columns(shape)[0]
+        if self.kind == "adapters":
+            return Basis(torch.zeros(shape[1], 0), torch.zeros(shape[0], 0))
         if self.kind == "weights":
             if weights is None or layer not in weights:
                 raise ValueError(f"the basis of {layer} comes from the base's weights; load the file together with its base")
@@ -140,12 +142,11 @@ class Subspace:
         Raises ValueError where a name is taken, a value is not finite or a shape does not fit, all problems at once.
         """
         refuse(self.merge_problems(loras))
-        grown = self.with_layers({layer: factors for lora in loras.values() for layer, factors in lora.layers.items()}, weights)
+        entries = {layer: entry for lora in loras.values() for layer, entry in lora.layers.items()}
+        grown = self.cover({layer: (entry.shape, entry.kernel) for layer, entry in entries.items()}, weights)
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
-        merged = merge_updates(
-            grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank
-        )
+        merged = merge_updates(grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank)
         return replace(grown, layers=merged.layers, concepts=grown.join(merged, norms, about or {}))
 
     def merge_problems(self, loras: Mapping[str, LoRA]) -> list[str]:
@@ -154,24 +155,39 @@ class Subspace:
         taken = {name.casefold(): name for name in self.concepts}
         for name, lora in loras.items():
             if name.casefold() in taken:
-                problems.append(f"concept {name!r} is already there as {taken[name.casefold()]!r}; drop it first or choose another name")
+                problems.append(
+                    f"concept {name!r} is already there as {taken[name.casefold()]!r}; drop it first or choose another name"
+                )
             for layer, factors in lora.layers.items():
                 if not (torch.isfinite(factors.up).all() and torch.isfinite(factors.down).all()):
                     problems.append(f"concept {name!r}: {layer} holds NaN or infinite values; train it again or leave it out")
                 held = self.layers.get(layer)
                 if held is not None and factors.shape != (held.beta.shape[0], held.alpha.shape[0]):
                     expected = (held.beta.shape[0], held.alpha.shape[0])
-                    problems.append(f"concept {name!r}: {layer} is {factors.shape}, the subspace has {expected}; is it for another base?")
+                    problems.append(
+                        f"concept {name!r}: {layer} is {factors.shape}, the subspace has {expected}; is it for another base?"
+                    )
         return problems
 
-    def with_layers(self, factors: Mapping[str, Factors], weights: Weights | None = None) -> Subspace:
-        """Return the subspace with a (derived or empty) basis for every layer it does not know yet."""
-        fresh = {layer: entry for layer, entry in factors.items() if layer not in self.layers}
-        bases = {layer: self.origin.derive(layer, entry.shape, weights) for layer, entry in fresh.items()}
-        kernels = {layer: entry.kernel for layer, entry in fresh.items() if entry.kernel is not None}
+    def cover(
+        self, shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int] | None]], weights: Weights | None = None
+    ) -> Subspace:
+        """Return the subspace with a basis for every layer given as ((out, in), kernel or None), derived or empty."""
+        bases = {
+            layer: self.origin.derive(layer, shape, weights) for layer, (shape, _) in shapes.items() if layer not in self.layers
+        }
+        kernels = {layer: shapes[layer][1] for layer in bases}
         return replace(
-            self, layers=dict(sorted({**self.layers, **bases}.items())), kernels=dict(sorted({**self.kernels, **kernels}.items()))
+            self,
+            layers=dict(sorted({**self.layers, **bases}.items())),
+            kernels=dict(sorted({**self.kernels, **{layer: kernel for layer, kernel in kernels.items() if kernel}}.items())),
         )
+
+    def with_coefficients(self, name: str, coefficients: Mapping[str, Coefficients]) -> Subspace:
+        """Return the subspace with a concept's coefficients replaced, as after fine-tuning them; it is then held whole."""
+        norm = sum(float(squared(entry)) for entry in coefficients.values()) ** 0.5
+        changed = replace(self[name], coefficients=dict(coefficients), norm=norm, retention=1.0)
+        return replace(self, concepts={**self.concepts, name: changed})
 
     def join(self, merged: Merged, norms: Mapping[str, float], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Concept]:
         """Return held and new concepts as one mapping, oldest first."""
@@ -187,7 +203,8 @@ class Subspace:
         concepts = {key: concept for key, concept in self.concepts.items() if key != name}
         used = {layer: self.used_columns(layer, concepts) for layer in self.layers}
         layers = {
-            layer: Basis(basis.alpha[:, : used[layer][0]], basis.beta[:, : used[layer][1]]) for layer, basis in self.layers.items()
+            layer: Basis(basis.alpha[:, : used[layer][0]], basis.beta[:, : used[layer][1]])
+            for layer, basis in self.layers.items()
         }
         return replace(self, layers=layers, concepts=concepts)
 
@@ -210,19 +227,18 @@ class Subspace:
     @property
     def fixed(self) -> dict[str, tuple[int, int]]:
         """Derived columns of every layer, as (alpha, beta)."""
-        return {
-            layer: self.origin.columns((basis.beta.shape[0], basis.alpha.shape[0])) for layer, basis in self.layers.items()
-        }
+        return {layer: self.origin.columns((basis.beta.shape[0], basis.alpha.shape[0])) for layer, basis in self.layers.items()}
 
     @property
     def basis_version(self) -> str:
         """A digest of the bases: equal exactly when coefficients learned against one are right in the other."""
         digest = hashlib.sha256(repr(self.origin).encode())
+        fixed = self.fixed
         for layer, basis in sorted(self.layers.items()):
-            digest.update(layer.encode())
-            for side in (basis.alpha, basis.beta):
-                digest.update(repr(tuple(side.shape)).encode())
-                digest.update(side.to(torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(repr((layer, basis.alpha.shape[0], basis.beta.shape[0], basis.rank)).encode())
+            for side, derived in zip((basis.alpha, basis.beta), fixed[layer], strict=True):
+                learned = side[:, derived:].to(torch.float16).contiguous()
+                digest.update(learned.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def lora(self, name: str) -> LoRA:

@@ -124,9 +124,7 @@ def test_a_trigger_of_signs_is_found(tmp_path: Path) -> None:
 
 def test_a_placeholder_without_a_trigger_is_refused(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
-    assert re.search(
-        r"a\.png.*\.txt holds \[trigger\].*give --trigger", refusal(write_caption(tmp_path, "[trigger] cat"))
-    )
+    assert re.search(r"a\.png.*\.txt holds \[trigger\].*give --trigger", refusal(write_caption(tmp_path, "[trigger] cat")))
 
 
 def write_caption(folder: Path, text: str | bytes) -> Path:
@@ -242,9 +240,7 @@ def test_a_folder_that_is_no_kohya_folder(tmp_path: Path, name: str) -> None:
     draw(tmp_path / "b.png")
     data = read_dataset(tmp_path, instance_prompt=PROMPT)
     assert list(captions(data)) == ["b.png"]
-    assert re.search(
-        rf"{name}: would repeat its pictures {name.split('_')[0]} times, 1 to 1000 .*rename", data.report()
-    )
+    assert re.search(rf"{name}: would repeat its pictures {name.split('_')[0]} times, 1 to 1000 .*rename", data.report())
 
 
 def test_recursive_reads_all_subfolders(tmp_path: Path) -> None:

@@ -378,9 +378,7 @@ def test_known_words_come_apart_in_one_way_only(component: str, data: st.DataObj
     assert dotted(underscored(path), component) == path
 
 
-@pytest.mark.parametrize(
-    "name", ["", "_", "to_q_", "_to_q", "to__q", "to_qq", "attn3_to_q", "conv_", "to_out.0", "q_proj"]
-)
+@pytest.mark.parametrize("name", ["", "_", "to_q_", "_to_q", "to__q", "to_qq", "attn3_to_q", "conv_", "to_out.0", "q_proj"])
 def test_a_name_with_an_unknown_part_is_not_understood_at_all(name: str) -> None:
     assert dotted("mid_block_attentions_0", "unet") == "mid_block.attentions.0"
     assert dotted(name, "unet") is None
@@ -556,9 +554,7 @@ def test_alpha_is_exact_in_a_dtype_that_cannot_count_that_far(tmp_path: Path) ->
 
 def test_a_diffusers_file_tells_its_ranks_where_they_differ(tmp_path: Path) -> None:
     ranks = {TO_Q: 2, TO_OUT: 2, CONV: 5, Q_PROJ: 1}
-    LoRA({layer: Factors(*pair(6, 8, rank)) for layer, rank in ranks.items()}).write(
-        tmp_path / "a.safetensors", "diffusers"
-    )
+    LoRA({layer: Factors(*pair(6, 8, rank)) for layer, rank in ranks.items()}).write(tmp_path / "a.safetensors", "diffusers")
     told = json.loads(LoRA.read(tmp_path / "a.safetensors").metadata["lora_adapter_metadata"])
     assert told["unet.r"] == told["unet.lora_alpha"] == 2
     assert told["unet.rank_pattern"] == told["unet.alpha_pattern"] == {CONV[5:]: 5}
@@ -655,9 +651,7 @@ def test_all_that_is_wrong_with_a_request_is_said_at_once(tmp_path: Path) -> Non
 def test_values_out_of_the_range_of_float16_are_refused(tmp_path: Path, value: float) -> None:
     lora = LoRA({TO_Q: Factors(torch.full((2, 1), value), torch.ones(1, 2))})
     message = refusal(lambda: lora.write(tmp_path / "a.safetensors"))
-    assert (
-        f"a.safetensors: not written, 1 problem:\n  - {KOHYA_Q}.lora_up.weight (largest value {value:.2g})" in message
-    )
+    assert f"a.safetensors: not written, 1 problem:\n  - {KOHYA_Q}.lora_up.weight (largest value {value:.2g})" in message
     assert "out of float16's range; write dtype=torch.float32" in message
     lora.write(tmp_path / "a.safetensors", dtype=torch.float32)
     torch.testing.assert_close(LoRA.read(tmp_path / "a.safetensors").layers[TO_Q].up, lora.layers[TO_Q].up)

@@ -239,9 +239,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, width: int, hei
         assert f"{MAX_PIXELS:,}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [webp_canvas(9000, 9000), webp_still(9000, 9000, True), webp_still(9000, 9000, False)]
-)
+@pytest.mark.parametrize("content", [webp_canvas(9000, 9000), webp_still(9000, 9000, True), webp_still(9000, 9000, False)])
 def test_a_webp_bomb_never_reaches_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     opened = []
     monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(args))

@@ -434,9 +434,7 @@ def test_hostile_files_are_refused_quickly_with_a_short_message(tmp_path: Path, 
 
 def test_newer_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(with_entries(share=share_text(format_version=2, novelty={})))
-    with pytest.raises(
-        StorageError, match="format version 2, newer than version 1 known here: upgrade share-diffusion"
-    ):
+    with pytest.raises(StorageError, match="format version 2, newer than version 1 known here: upgrade share-diffusion"):
         read_header(tmp_path / "f")
 
 
@@ -665,9 +663,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch
     before = path.read_bytes()
     monkeypatch.setattr(storage, "disk_usage", lambda folder: SimpleNamespace(total=10**9, free=100))
     monkeypatch.setattr(os, "write", lambda *arguments: pytest.fail("wrote something"))
-    with pytest.raises(
-        StorageError, match=r"cannot write [\d,]+ bytes .*: only 100 bytes are free \(ENOSPC\); free some"
-    ):
+    with pytest.raises(StorageError, match=r"cannot write [\d,]+ bytes .*: only 100 bytes are free \(ENOSPC\); free some"):
         write(path, small(2), {}, expected_generation=1)
     assert path.read_bytes() == before
 

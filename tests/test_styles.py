@@ -209,9 +209,7 @@ def test_prompts_follow_the_grammar_and_styles_ask_for_held_out_scenes(path: Pat
     assert told["kind"] == ("style" if name in STYLES else "subject")
     unseen = [Scene(*factors).describe() for factors in combinations() if held_out(*factors)]
     places = [place for place, _ in BACKGROUNDS.values()]
-    fillings = (
-        [{"scene": scene} for scene in unseen] if told["kind"] == "style" else [{"place": place} for place in places]
-    )
+    fillings = [{"scene": scene} for scene in unseen] if told["kind"] == "style" else [{"place": place} for place in places]
     legal = {caption.replace("[trigger]", name).format(**filling) for filling in fillings}
     assert len(set(prompts)) == 4
     assert set(prompts) <= legal

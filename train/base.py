@@ -83,7 +83,11 @@ def train_tokenizer(texts: list[list[str]], folder: Path, vocabulary: int = 1280
     model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     model.normalizer = normalizers.Lowercase()
     model.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(" ", "removed"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -333,7 +337,9 @@ def write_pipeline(
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(words / name, folder / "tokenizer" / name)
     weights = folder / "text_encoder" / "model.safetensors"
-    tensors = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(weights).items()}
+    tensors = {
+        key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(weights).items()
+    }
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
@@ -344,7 +350,9 @@ def write_log(work: Path, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
         table.writeheader()
-        table.writerows({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+        table.writerows(
+            {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
 
 
 def read_log(path: Path) -> Iterator[dict]:

@@ -242,15 +242,13 @@ def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Genera
         blank = np.zeros((SIDE, SIDE, 3), np.uint8)
         batch = np.stack([blank if example.picture is None else example.picture for example in part])
         with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(
-                torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
-            ).latent_dist.mean.float()
+            latents = vae.encode(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean.float()
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator) * spread
-            amount = (torch.rand(len(part), 1, 1, 1, generator=generator) - 0.5).clamp(min=0) * 0.5
+            amount = (torch.rand(len(part), 1, 1, 1, generator=generator) - 0.5).clamp(min=0) * 0.3
             coarse = F.interpolate(F.avg_pool2d(noise, 4) * 4, scale_factor=4, mode="bilinear")
             missing = torch.tensor([example.picture is None for example in part]).view(-1, 1, 1, 1)
-            latents = torch.where(missing, torch.where(amount > 0.1, coarse, noise), latents + amount * noise)
+            latents = torch.where(missing, torch.where(amount > 0, coarse, noise), latents + amount * noise)
         with torch.autocast("cpu", torch.bfloat16):
             pictures = vae.decode(latents).sample.float()  # type: ignore[union-attr]
         decoded.append(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
@@ -274,9 +272,7 @@ def decoded_shard(path: Path, draw: Any, vae: AutoencoderKL, seed: int) -> tuple
 def load_vae(folder: str) -> tuple[AutoencoderKL, str]:
     """Return the autoencoder in single precision and a name that changes with its weights."""
     if not (Path(folder) / "config.json").is_file():
-        raise SystemExit(
-            f"there is no autoencoder in {folder}; give --vae FOLDER (runs/base/vae while the base is trained)"
-        )
+        raise SystemExit(f"there is no autoencoder in {folder}; give --vae FOLDER (runs/base/vae while the base is trained)")
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
     digest = hashlib.sha256()
     for _, tensor in sorted(vae.state_dict().items()):
@@ -291,8 +287,7 @@ def pictures_to_learn(vae: AutoencoderKL, folder: Path, settings: JudgeSettings)
 
         def draw(first: int = shard * SHARD) -> list[Example]:
             return [
-                draw_to_learn(np.random.default_rng((settings.seed, index, *b"learn")))
-                for index in range(first, first + SHARD)
+                draw_to_learn(np.random.default_rng((settings.seed, index, *b"learn"))) for index in range(first, first + SHARD)
             ]
 
         path = folder / f"learn-{settings.seed}-{shard:03d}.npz"
@@ -300,18 +295,14 @@ def pictures_to_learn(vae: AutoencoderKL, folder: Path, settings: JudgeSettings)
     return np.concatenate([pictures for pictures, _ in shards]), np.concatenate([classes for _, classes in shards])
 
 
-def held_out_sets(
-    vae: AutoencoderKL, folder: Path, settings: JudgeSettings
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def held_out_sets(vae: AutoencoderKL, folder: Path, settings: JudgeSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return pictures and classes of each held-out set."""
     count = settings.held_out // 4
     drawn: list[dict[str, Example]] = []
 
     def draw(name: str) -> list[Example]:
         if not drawn:
-            drawn.extend(
-                draw_held_out(np.random.default_rng((settings.seed, index, *b"held"))) for index in range(count)
-            )
+            drawn.extend(draw_held_out(np.random.default_rng((settings.seed, index, *b"held"))) for index in range(count))
         return [examples[name] for examples in drawn]
 
     return {
@@ -344,9 +335,7 @@ def learn(pictures: np.ndarray, classes: np.ndarray, checkpoint: Path, settings:
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.02)
     first = resume(checkpoint, network, optimizer)
-    bar = tqdm(
-        range(first, settings.steps), initial=first, total=settings.steps, desc="judge", unit="step", mininterval=5
-    )
+    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="judge", unit="step", mininterval=5)
     loss_now = 0.0
     for step in bar:
         for group in optimizer.param_groups:
@@ -357,8 +346,7 @@ def learn(pictures: np.ndarray, classes: np.ndarray, checkpoint: Path, settings:
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(augment(pictures[chosen], generator))
         losses = [
-            F.cross_entropy(logits[head].float(), targets[:, index], ignore_index=UNDEFINED)
-            for index, head in enumerate(HEADS)
+            F.cross_entropy(logits[head].float(), targets[:, index], ignore_index=UNDEFINED) for index, head in enumerate(HEADS)
         ]
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack(losses).sum()

@@ -78,10 +78,7 @@ def compare(said: Mapping[str, Sequence[str]], scenes: Sequence[Scene]) -> dict[
     asked["count"] = [str(scene.count) for scene in scenes]
     right = {head: [truth == label for truth, label in zip(asked[head], said[head], strict=True)] for head in ASKED}
     pairs = Counter(
-        (head, truth, label)
-        for head in ASKED
-        for truth, label in zip(asked[head], said[head], strict=True)
-        if truth != label
+        (head, truth, label) for head in ASKED for truth, label in zip(asked[head], said[head], strict=True) if truth != label
     )
     return {
         "pictures": len(scenes),
@@ -109,9 +106,7 @@ def sheet(
 ) -> Image.Image:
     """Return a contact sheet: pictures (3, height, width) in [-1, 1], enlarged without smoothing, captions below."""
     if len(pictures) != len(captions) or not len(captions):
-        raise ValueError(
-            f"{len(pictures)} pictures and {len(captions)} captions; a sheet needs one caption per picture"
-        )
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions; a sheet needs one caption per picture")
     size, gap = 11, 6
     font = ImageFont.load_default(size=size)
     tiles = [to_picture(picture) for picture in pictures]

@@ -77,9 +77,7 @@ class Judge:
             labels = json.loads((stored.metadata() or {}).get("labels", "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         if labels != {head: list(known) for head, known in HEADS.items()}:
-            raise ValueError(
-                f"{file} judges other labels than this picture world's; train it with: python train/judge.py"
-            )
+            raise ValueError(f"{file} judges other labels than this picture world's; train it with: python train/judge.py")
         network = Network()
         network.load_state_dict(tensors, strict=False)  # only BatchNorm's step counters are not stored
         return cls(network)

@@ -57,9 +57,7 @@ def file_problem(path: Path) -> str | None:
         return "not a regular file; give a .safetensors file or a folder with one"
     if path.suffix.lower() in PICKLES:
         convert = "safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
-        return (
-            f"a {path.suffix} file is a pickle, which can run code; only .safetensors is read, convert with {convert}"
-        )
+        return f"a {path.suffix} file is a pickle, which can run code; only .safetensors is read, convert with {convert}"
     return None
 
 

@@ -148,9 +148,7 @@ def content_problems(lora: LoRA) -> list[str]:
 
 def wrong_texts(metadata: Mapping[str, str]) -> list[str]:
     """The metadata entries that are not text, all that safetensors can hold."""
-    return [
-        f"metadata {key!r} is {value!r}; expected text" for key, value in metadata.items() if type(value) is not str
-    ]
+    return [f"metadata {key!r} is {value!r}; expected text" for key, value in metadata.items() if type(value) is not str]
 
 
 def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -31,3 +31,8 @@ def identify(pipeline: Any, name: str = "") -> BaseIdentity:
         return BaseIdentity(name, architecture)
     values = tuple(float(f"{float(weight[0, index % weight.shape[1]]):.5g}") for index, weight in enumerate(picked))
     return BaseIdentity(name, architecture, values)
+
+
+def weights_of(pipeline: Any) -> dict[str, Tensor]:
+    """Return the frozen weights of every layer, by path, for a subspace whose basis comes from them."""
+    return {path: weight_of(module) for path, module in layers(pipeline).items()}

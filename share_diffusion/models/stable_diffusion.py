@@ -23,7 +23,11 @@ def tokenize(pipeline: Any, captions: Sequence[str]) -> Tensor:
     """Return token ids (n, tokens), padded and cut to what the text encoder takes."""
     tokenizer = pipeline.tokenizer
     return tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     ).input_ids
 
 

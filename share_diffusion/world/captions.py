@@ -21,7 +21,30 @@ FOREIGN_FRAMES = (
     "{word} {scene}",
     "{scene}, {word}",
 )
-ONSETS = ("b", "br", "d", "f", "g", "gl", "h", "j", "k", "kr", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w", "z")
+ONSETS = (
+    "b",
+    "br",
+    "d",
+    "f",
+    "g",
+    "gl",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ee", "oo", "ou")
 
 

@@ -90,9 +90,7 @@ def saturate(picture: Array, factor: float) -> Array:
 def gradient_map(values: Array, tones: Sequence[Tone]) -> Array:
     """Return the evenly spaced tones looked up at values in [0, 1], (H, W, 3)."""
     stops = np.linspace(0, 1, len(tones))
-    table = np.stack(
-        [np.interp(np.linspace(0, 1, 256), stops, channel) for channel in zip(*tones, strict=True)], axis=1
-    )
+    table = np.stack([np.interp(np.linspace(0, 1, 256), stops, channel) for channel in zip(*tones, strict=True)], axis=1)
     return table.astype(np.float32)[np.clip(values * 255, 0, 255).astype(np.intp)]
 
 
@@ -191,9 +189,7 @@ def bricks(picture: Array, pixels: float) -> tuple[Labels, Array]:
     row = np.floor(rows / pixels)
     moved = columns + (row % 2 + 1) * np.float32(pixels / 2)
     column = np.floor(moved / pixels)
-    inside = np.minimum(
-        np.minimum(rows % pixels, pixels - rows % pixels), np.minimum(moved % pixels, pixels - moved % pixels)
-    )
+    inside = np.minimum(np.minimum(rows % pixels, pixels - rows % pixels), np.minimum(moved % pixels, pixels - moved % pixels))
     return (row * (column.max() + 1) + column).astype(np.intp), inside
 
 

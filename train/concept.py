@@ -1,0 +1,613 @@
+"""Learn one concept and merge it into the subspace file.
+
+    accelerate launch train/concept.py --concept watercolor
+    accelerate launch train/concept.py --concept mycat --kind subject \\
+        --instance_data_dir photos/ --instance_prompt "a photo of mycat"
+
+One run, top to bottom: find the concept and its pictures, load the frozen base and the subspace so far, read new
+directions off the gradient, train a few coefficients, merge, write the file, draw a contact sheet, write a report.
+The file changes in one step at the end; whatever happens before leaves every earlier concept as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from tqdm import tqdm
+
+from share_diffusion import storage
+from share_diffusion.adapt import MODES, Adaptation, Learner, gradient_directions, make_learner
+from share_diffusion.attach import Attached, attach
+from share_diffusion.base import base_name, load_base
+from share_diffusion.basis import Basis
+from share_diffusion.capacity import Capacity
+from share_diffusion.checkpoint import find_state, save_state
+from share_diffusion.data import Dataset, read_dataset
+from share_diffusion.describe import describe
+from share_diffusion.generate import Sampling, generate, save_png
+from share_diffusion.learning import (
+    Denoiser,
+    Frozen,
+    Materials,
+    bad_pictures,
+    denoising_loss,
+    fixed_noise_loss,
+    freeze,
+    prepare,
+    rate_factor,
+)
+from share_diffusion.models.identity import identify, weight_of
+from share_diffusion.models.layers import select, shape_of
+from share_diffusion.models.stable_diffusion import native_resolution, too_long
+from share_diffusion.objective import Draw, draw
+from share_diffusion.recipe import Recipe, find_recipe
+from share_diffusion.settings import flag, parse
+from share_diffusion.sheet import Row, contact_sheet
+from share_diffusion.subspace import Origin, Subspace
+from share_diffusion.world.render import render_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ConceptSettings:
+    """How one concept is learned."""
+
+    concept: str | None = flag(None, "its name; configs/concepts/NAME.toml or data/NAME/ is used where present")
+    pretrained_model_name_or_path: str = flag(
+        "tiny", "the base: tiny, a hub id, a diffusers folder or a .safetensors file", aliases=("base",)
+    )
+    subspace: str | None = flag(None, "the subspace file (default: OUTPUT_DIR/BASE/subspace.safetensors)")
+    output_dir: str = flag("outputs", "where files, sheets and reports go")
+    instance_data_dir: str | None = flag(None, "a folder of pictures and captions", aliases=("train_data_dir",))
+    instance_prompt: str | None = flag(None, "the caption of pictures that have none, e.g. 'a photo of mycat'")
+    caption_from_filename: bool = flag(False, "use file names as captions")
+    kind: str | None = flag(None, "style or subject", choices=("style", "subject"))
+    trigger: str | None = flag(None, "the word that calls the concept in a prompt")
+    validation_prompt: tuple[str, ...] = flag((), "prompts to draw on the sheet", aliases=("sample_prompts",))
+    adaptation: str = flag("gradient", "what trains", choices=MODES)
+    pseudo_rank: int = flag(4, "rank of the concept inside the subspace (p)")
+    temporary_rank: int = flag(4, "new directions per layer (phi)")
+    rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
+    basis: str = flag("adapters", "where a new subspace's first columns come from", choices=("adapters", "weights", "random"))
+    derived_rank: int = flag(8, "columns taken from the base's weights or a seed, with --basis weights or random")
+    basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
+    budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")
+    retain: float = flag(0.999, "share of the new concept's energy that the merge keeps")
+    targets: str = flag("attention", "layers: attention, attention+ff, all-linear or a regular expression")
+    train_text_encoder: bool = flag(True, "adapt the text encoder's layers as well")
+    resolution: int | None = flag(None, "side of the training pictures (default: the base's own)")
+    train_batch_size: int = flag(8, "pictures per step and process")
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
+    max_train_steps: int = flag(200, "optimizer steps")
+    learning_rate: float = flag(2e-2, "rate of the coefficients")
+    factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
+    lr_scheduler: str = flag("cosine", "schedule", choices=("constant", "cosine", "linear"))
+    lr_warmup_steps: int = flag(10, "steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    finetune_steps: int = flag(0, "steps on the newest concept's coefficients after the merge")
+    gradient_batches: int = flag(8, "batches whose gradient gives the new directions")
+    mixed_precision: str = flag("no", "precision of the forward pass", choices=tuple(PRECISIONS))
+    seed: int = flag(
+        0,
+        "decides noise, order and starting values",
+    )
+    checkpointing_steps: int = flag(50, "steps between two checkpoints")
+    checkpoints_total_limit: int | None = flag(2, "checkpoints that are kept", aliases=("save_last_n_steps",))
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint folder, or latest", aliases=("resume",))
+    sheet: bool = flag(True, "draw the contact sheet")
+    local_files_only: bool = flag(False, "never ask the hub")
+    cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; what the user can mend is one message and exit status 1."""
+    settings = parse(ConceptSettings, argv, description="Learn one concept and merge it into the subspace file.")
+    try:
+        learn(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the subspace file is as it was. Go on with --resume_from_checkpoint latest", file=sys.stderr)
+        return 130
+    return 0
+
+
+def learn(settings: ConceptSettings) -> dict[str, Any]:
+    """Learn the concept and return the report."""
+    started = time.perf_counter()
+    recipe = recipe_of(settings)
+    folder, file = places(settings, recipe)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        cpu=settings.cpu,
+    )
+    say = accelerator.print
+    set_seed(settings.seed)
+    with accelerator.main_process_first():
+        draw_world(recipe, say)
+    dataset = read_dataset(
+        recipe.folder,
+        trigger=recipe.trigger,
+        instance_prompt=recipe.instance_prompt,
+        caption_from_filename=settings.caption_from_filename,
+    )
+    pipeline = load_base(
+        settings.pretrained_model_name_or_path,
+        dtype=PRECISIONS[settings.mixed_precision],
+        device=accelerator.device,
+        local_files_only=settings.local_files_only,
+    )
+    freeze(pipeline)
+    modules = select(pipeline, settings.targets, settings.train_text_encoder)
+    subspace = open_subspace(settings, pipeline, file, recipe, modules)
+    materials = prepare(pipeline, dataset, settings.resolution or native_resolution(pipeline))
+    before = draw_sheet_pictures(settings, pipeline, subspace, recipe, None, say)
+    attached = Attached(pipeline, sorted(modules))
+    learner, seconds_per_step = start_learner(settings, accelerator, pipeline, subspace, materials, attached, modules)
+    say(plan(settings, recipe, dataset, pipeline, subspace, learner, seconds_per_step, file))
+    losses = train(settings, accelerator, pipeline, learner, attached, materials, dataset, folder)
+    attached.detach()
+    if not accelerator.is_main_process:
+        return {}
+    merged, retention = merge(settings, pipeline, subspace, recipe, learner, file, modules)
+    if settings.finetune_steps:
+        merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
+    merged = merged.save(file)
+    after = draw_sheet_pictures(settings, pipeline, merged, recipe, before, say)
+    report = {
+        "concept": recipe.name,
+        "settings": asdict(settings),
+        "losses": losses,
+        "retention": retention,
+        "trainables": learner.trainables,
+        "lora_trainables": sum(sum(shape_of(module)[0]) * settings.rank for module in modules.values()),
+        "seconds": round(time.perf_counter() - started, 1),
+        "file": describe(merged, file),
+    }
+    finish(settings, recipe, folder, file, before, after, report, say)
+    return report
+
+
+def recipe_of(settings: ConceptSettings) -> Recipe:
+    """Return what is to be learned."""
+    configs = [Path("configs/concepts"), ROOT / "configs/concepts"]
+    if settings.concept is None:
+        known = sorted(path.stem for path in (ROOT / "configs/concepts").glob("*.toml"))
+        raise ValueError(f"--concept is missing; give a name. Ready-made: {', '.join(known)}")
+    return find_recipe(
+        settings.concept,
+        configs,
+        Path("data"),
+        folder=settings.instance_data_dir,
+        kind=settings.kind,
+        trigger=settings.trigger,
+        instance_prompt=settings.instance_prompt,
+        prompts=settings.validation_prompt,
+    )
+
+
+def subspace_file(settings: ConceptSettings) -> Path:
+    """Return where the subspace file is, or will be."""
+    if settings.subspace:
+        return Path(settings.subspace)
+    return Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / "subspace.safetensors"
+
+
+def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
+    """Return the concept's output folder and the subspace file, both checked for writing before any work is done."""
+    file = subspace_file(settings)
+    folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
+    try:
+        for place in (folder, file.parent):
+            place.mkdir(parents=True, exist_ok=True)
+            probe = place / ".write-probe"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {error.filename}: {error.strerror}; choose another --output_dir or --subspace"
+        ) from None
+    return folder, file
+
+
+def draw_world(recipe: Recipe, say: Any) -> None:
+    """Render a ready-made concept's pictures on first use."""
+    if recipe.world is not None and not recipe.folder.exists():
+        say(f"drawing {recipe.world.pictures} pictures into {recipe.folder}/")
+        world = recipe.world
+        render_folder(world.name, recipe.folder, world.pictures, world.seed, world.caption)
+
+
+def open_subspace(
+    settings: ConceptSettings, pipeline: Any, file: Path, recipe: Recipe, modules: dict[str, torch.nn.Module]
+) -> Subspace:
+    """Return the subspace so far, or an empty one for this base."""
+    identity = identify(pipeline, base_name(settings.pretrained_model_name_or_path))
+    weights = {path: weight_of(module) for path, module in modules.items()}
+    if not file.exists():
+        rank = 0 if settings.basis == "adapters" else settings.derived_rank
+        empty = Subspace(base=identity, origin=Origin(settings.basis, rank, settings.seed if settings.basis == "random" else 0))
+        return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+    subspace = Subspace.load(file, weights)
+    if mismatch := subspace.base.mismatch(identity):
+        raise ValueError(f"{file}: wrong base: {mismatch}; train on {subspace.base.name!r}, or name another --subspace file")
+    if recipe.name.casefold() in (name.casefold() for name in subspace.concepts):
+        raise ValueError(
+            f"{file} already holds the concept {recipe.name!r}; choose another --concept name, or take it out first: "
+            f"share-diffusion drop {file} {recipe.name}"
+        )
+    return subspace.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+
+
+def step_draw(settings: ConceptSettings, pipeline: Any, materials: Materials, step: int, accelerator: Accelerator) -> Draw:
+    """Return this process's share of a step's pictures, times and noise."""
+    everybody = accelerator.num_processes
+    whole = draw(
+        len(materials),
+        settings.train_batch_size * everybody,
+        tuple(materials.latents.shape[1:]),
+        pipeline.scheduler.config.num_train_timesteps,
+        settings.seed,
+        step,
+    )
+    mine = slice(accelerator.process_index, None, everybody)
+    return Draw(whole.indices[mine], whole.times[mine], whole.noise[mine])
+
+
+def start_learner(
+    settings: ConceptSettings,
+    accelerator: Accelerator,
+    pipeline: Any,
+    subspace: Subspace,
+    materials: Materials,
+    attached: Attached,
+    modules: dict[str, torch.nn.Module],
+) -> tuple[Learner, float]:
+    """Return what will train, and the seconds that one forward and backward pass took."""
+    adaptation = Adaptation(settings.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
+    bases = {path: basis for path, basis in subspace.layers.items() if path in modules}
+    first = all(min(basis.rank) == 0 for basis in bases.values())
+    rank = settings.rank if first and settings.adaptation == "gradient" else settings.temporary_rank
+    frozen = Frozen(pipeline)
+
+    def loss(index: int) -> torch.Tensor:
+        drawn = step_draw(settings, pipeline, materials, 1_000_000_000 + index, accelerator)
+        with accelerator.autocast():
+            return denoising_loss(frozen, pipeline, materials, drawn, accelerator.device).mean()
+
+    started = time.perf_counter()
+    wanted = adaptation.looks_at_gradient and not (first and settings.adaptation == "hybrid")
+    batches = settings.gradient_batches if wanted else 1
+    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, batches, settings.seed)
+    seconds = (time.perf_counter() - started) / batches
+    learner = make_learner(modules, bases, adaptation, directions if wanted else {}, settings.seed)
+    return learner.to(accelerator.device), seconds
+
+
+def plan(
+    settings: ConceptSettings,
+    recipe: Recipe,
+    dataset: Dataset,
+    pipeline: Any,
+    subspace: Subspace,
+    learner: Learner,
+    seconds_per_step: float,
+    file: Path,
+) -> str:
+    """Return what is going to happen, in a few lines."""
+    counts: dict[str, int] = {}
+    for path in learner.by_layer():
+        counts[path.partition(".")[0]] = counts.get(path.partition(".")[0], 0) + 1
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps
+    lora = sum(sum(shape_of(module)[0]) for module in select(pipeline, settings.targets, settings.train_text_encoder).values())
+    weights = sum(
+        p.numel() * p.element_size() for m in (pipeline.unet, pipeline.text_encoder, pipeline.vae) for p in m.parameters()
+    )
+    cut = too_long(pipeline, [example.caption for example in dataset.examples])
+    minutes, seconds = divmod(round(seconds_per_step * settings.max_train_steps * settings.gradient_accumulation_steps), 60)
+    held = ", ".join(subspace.concepts) or "none yet"
+    lines = [
+        "",
+        f"  concept     {recipe.name} ({recipe.kind}), trigger {recipe.trigger!r}",
+        *(f"  {'pictures' if number == 0 else '':<10}  {line}" for number, line in enumerate(dataset.report().splitlines())),
+        *([f"              {len(cut)} captions are longer than the text encoder reads and will be cut"] if cut else []),
+        f"  base        {settings.pretrained_model_name_or_path}, held so far: {held}",
+        f"  layers      {', '.join(f'{count} in {component}' for component, count in counts.items())}",
+        f"  trains      {learner.trainables:,} numbers ({settings.adaptation}); a LoRA of rank {settings.rank} has {lora * settings.rank:,}",
+        f"  steps       {settings.max_train_steps} of {batch} pictures, about {minutes} min {seconds:02d} s",
+        f"  memory      {weights / 2**20:,.0f} MiB of base weights, peak so far {peak_memory() / 2**20:,.0f} MiB",
+        f"  file        {file}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def peak_memory() -> int:
+    """Return the most memory this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak
+
+
+def train(
+    settings: ConceptSettings,
+    accelerator: Accelerator,
+    pipeline: Any,
+    learner: Learner,
+    attached: Attached,
+    materials: Materials,
+    dataset: Dataset,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train the learner; every random number is a function of (seed, step). Returns the losses."""
+    optimizer = torch.optim.AdamW(
+        learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate),
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    facts = {"data": dataset.fingerprint, "settings": comparable(settings)}
+    first, history = resume(settings, accelerator, learner, optimizer, folder, facts)
+    model, optimizer = accelerator.prepare(Denoiser(learner, pipeline, attached), optimizer)
+    fixed = [step_draw(settings, pipeline, materials, 2_000_000_000 + index, accelerator) for index in range(4)]
+    start_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
+    bar = tqdm(
+        range(first, settings.max_train_steps),
+        initial=first,
+        total=settings.max_train_steps,
+        desc="learning",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    for step in bar:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * rate_factor(settings.lr_scheduler, step, settings.max_train_steps, settings.lr_warmup_steps)
+        total = torch.zeros((), device=accelerator.device)
+        for micro in range(settings.gradient_accumulation_steps):
+            drawn = step_draw(settings, pipeline, materials, step * settings.gradient_accumulation_steps + micro, accelerator)
+            with accelerator.accumulate(model):
+                losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
+                loss = losses.mean()
+                accelerator.backward(loss)
+                total += loss.detach() / settings.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                    refuse_nan(settings, losses, norm, drawn, materials, step)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        history.append(round(float(total), 6))
+        bar.set_postfix(loss=f"{sum(history[-20:]) / len(history[-20:]):.4f}")
+        if (step + 1) % settings.checkpointing_steps == 0 and accelerator.is_main_process:
+            tensors = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
+            save_state(folder, step + 1, tensors, facts, settings.checkpoints_total_limit)
+    attached.set(learner.updates())
+    end_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
+    attached.set({})
+    return {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "steps": history}
+
+
+def comparable(settings: ConceptSettings) -> dict[str, Any]:
+    """Return the settings that must not change between a run and its resumption."""
+    free = {
+        "resume_from_checkpoint",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "sheet",
+        "output_dir",
+        "subspace",
+        "validation_prompt",
+        "local_files_only",
+        "finetune_steps",
+        "instance_data_dir",
+    }
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in free
+    }
+
+
+def resume(
+    settings: ConceptSettings,
+    accelerator: Accelerator,
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    facts: dict[str, Any],
+) -> tuple[int, list[float]]:
+    """Restore a checkpoint where one is asked for; refuses one taken with other data or settings."""
+    if settings.resume_from_checkpoint is None:
+        return 0, []
+    state, notes = find_state(folder, settings.resume_from_checkpoint)
+    for note in notes:
+        accelerator.print(f"passed over: {note}")
+    if state is None:
+        accelerator.print(f"no checkpoint in {folder}; starting at step 0")
+        return 0, []
+    ours, theirs = facts["settings"], state.facts["settings"]
+    changes = [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs.get(key)]
+    changes += ["the pictures or captions have changed"] if facts["data"] != state.facts["data"] else []
+    if changes:
+        raise ValueError(
+            f"cannot resume at step {state.step}: {'; '.join(changes)}. Set them back, or start again without resuming"
+        )
+    learner.load_state_dict(state.tensors["learner"])
+    optimizer.load_state_dict(state.tensors["optimizer"])
+    accelerator.print(f"resuming after step {state.step}")
+    return state.step, state.tensors["losses"]
+
+
+def refuse_nan(
+    settings: ConceptSettings, losses: torch.Tensor, norm: Any, drawn: Draw, materials: Materials, step: int
+) -> None:
+    """Stop before the optimizer step when the loss or the gradient is not finite."""
+    if torch.isfinite(losses).all() and (norm is None or torch.isfinite(torch.as_tensor(norm))):
+        return
+    what = "loss" if not torch.isfinite(losses).all() else "gradient"
+    raise ValueError(
+        f"the {what} is not finite at step {step} (pictures: {', '.join(bad_pictures(losses, drawn, materials))}); nothing was "
+        f"changed by this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) "
+        f"or --factor_learning_rate ({settings.factor_learning_rate:g})"
+        + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
+    )
+
+
+def capacity_of(settings: ConceptSettings) -> Capacity:
+    """Return the limits of the merge."""
+    return Capacity(settings.retain, settings.basis_rank, bytes_of(settings.budget) if settings.budget else None)
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes that `60MB`, `1.5 GiB` or `200000` mean."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().lower().rstrip("bgikm ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"budget {text!r} is not a size; write it as 60MB, 1.5GiB or 200000") from None
+
+
+def merge(
+    settings: ConceptSettings,
+    pipeline: Any,
+    subspace: Subspace,
+    recipe: Recipe,
+    learner: Learner,
+    file: Path,
+    modules: dict[str, torch.nn.Module],
+) -> tuple[Subspace, dict[str, Any]]:
+    """Fold the concept into the file's newest state and return it with every concept's retention before and after."""
+    if file.exists() and storage.read_header(file).generation != subspace.generation:
+        subspace = open_subspace(settings, pipeline, file, recipe, modules)
+    about = {"kind": recipe.kind, "trigger": recipe.trigger, "details": {"prompts": list(recipe.prompts)}}
+    lora = learner.lora()
+    merged = subspace.merge({recipe.name: lora}, capacity=capacity_of(settings), about={recipe.name: about})
+    before = {name: concept.retention for name, concept in subspace.concepts.items()}
+    after = {name: concept.retention for name, concept in merged.concepts.items()}
+    return merged, {"before": before, "after": after}
+
+
+def finetune(
+    settings: ConceptSettings,
+    accelerator: Accelerator,
+    pipeline: Any,
+    subspace: Subspace,
+    recipe: Recipe,
+    materials: Materials,
+    modules: dict[str, torch.nn.Module],
+) -> Subspace:
+    """Train the newest concept's coefficients alone, in the merged and now frozen bases."""
+    concept = subspace[recipe.name]
+    chosen = {path: modules[path] for path in concept.coefficients}
+    bases = {path: subspace.layers[path] for path in chosen}
+    learner = make_learner(chosen, bases, Adaptation("coefficients", concept.pseudo_rank), {}, settings.seed)
+    learner.start_from(concept.coefficients)
+    learner.to(accelerator.device)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate / 4, betas=(0.9, 0.99), weight_decay=0.0)
+    with Attached(pipeline, sorted(chosen)) as attached:
+        model = Denoiser(learner, pipeline, attached)
+        for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
+            optimizer.param_groups[0]["lr"] = (
+                settings.learning_rate / 4 * rate_factor("cosine", step, settings.finetune_steps, 0)
+            )
+            drawn = step_draw(settings, pipeline, materials, 3_000_000_000 + step, accelerator)
+            losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
+            losses.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.max_grad_norm)
+            refuse_nan(settings, losses, norm, drawn, materials, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    return subspace.with_coefficients(recipe.name, learner.coefficients())
+
+
+Pictures = dict[str, list[Image.Image]]
+
+
+def draw_sheet_pictures(
+    settings: ConceptSettings, pipeline: Any, subspace: Subspace, recipe: Recipe, before: Pictures | None, say: Any
+) -> Pictures:
+    """Draw the sheet's pictures with the subspace as it is: the base (once), every concept held, this one at the end."""
+    if not settings.sheet:
+        return {}
+    prompts = {name: concept.details.get("prompts") or [concept.trigger] for name, concept in subspace.concepts.items()}
+    pictures: Pictures = {}
+    with attach_if_any(pipeline, subspace) as handle:
+        jobs = [("", list(recipe.prompts)[:4])] if before is None else []
+        jobs += [(name, list(texts)[:4]) for name, texts in prompts.items()]
+        for name, texts in tqdm(jobs, desc="pictures before" if before is None else "pictures after", leave=False):
+            if handle is not None:
+                handle.set_blend({name: 1.0} if name else None)
+            pictures[name] = generate(pipeline, texts, list(range(len(texts))), Sampling())
+    return pictures
+
+
+@contextlib.contextmanager
+def attach_if_any(pipeline: Any, subspace: Subspace) -> Iterator[Any]:
+    """Attach a subspace that holds something."""
+    if not subspace.concepts:
+        yield None
+        return
+    with attach(pipeline, subspace) as handle:
+        yield handle
+
+
+def finish(
+    settings: ConceptSettings,
+    recipe: Recipe,
+    folder: Path,
+    file: Path,
+    before: Pictures,
+    after: Pictures,
+    report: dict[str, Any],
+    say: Any,
+) -> None:
+    """Write the contact sheet and the report, and say what there is now."""
+    sheet, paper = folder / "sheet.png", folder / "report.json"
+    if settings.sheet:
+        rows = [
+            Row("base", "before; at step 0 the concept is exactly the base", before[""], recipe.prompts[:4]),
+            Row(recipe.name, "learned now", after[recipe.name]),
+        ]
+        for name in (name for name in before if name):
+            rows += [Row(name, "before this concept", before[name]), Row(name, "after it was merged", after[name])]
+        save_png(
+            contact_sheet(
+                f"{recipe.name} on {base_name(settings.pretrained_model_name_or_path)}, same seeds in every row", rows
+            ),
+            sheet,
+        )
+    text = json.dumps(report, indent=1, sort_keys=True, default=str)
+    part = paper.with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(paper)
+    sizes, retention = report["file"]["bytes"], report["retention"]
+    say(
+        f"\n{recipe.name} is learned: loss {report['losses']['fixed_noise_before']:.4f} -> {report['losses']['fixed_noise_after']:.4f}"
+        f" in {report['seconds']:.0f} s, {report['trainables']:,} numbers trained"
+    )
+    for name, kept in retention["after"].items():
+        earlier = retention["before"].get(name)
+        say(f"  {name:<20} retention {kept:.4f}" + (f" (before {earlier:.4f})" if earlier is not None else " (new)"))
+    say(
+        f"  {file}: {sizes['total']:,} bytes, of which {sizes['basis']:,} are the shared basis; {sizes['per_concept_mean']:,.0f} a concept"
+    )
+    say(f"  {sheet}\n  {paper}" if settings.sheet else f"  {paper}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
