@@ -1,10 +1,10 @@
 """The command line: `share-diffusion` or `python -m share_diffusion`.
 
-    share-diffusion show FILE [--json]
-    share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
-    share-diffusion drop FILE NAME
-    share-diffusion verify FILE
-    share-diffusion doctor
+share-diffusion show FILE [--json]
+share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
+share-diffusion drop FILE NAME
+share-diffusion verify FILE
+share-diffusion doctor
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from share_diffusion.subspace import Subspace
 
     blend = Blend.parse(arguments.blend)
-    wished = Sampling(
-        arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height
-    )
+    wished = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     check_drawing(arguments, blend)
     pipeline = load_base(
         arguments.pretrained_model_name_or_path,

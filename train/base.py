@@ -49,12 +49,13 @@ class BaseSettings:
 
     output_dir: str = flag("share_diffusion/assets/tiny", "where the finished pipeline goes")
     work_dir: str = flag("runs/base", "where checkpoints and intermediate results go")
-    stages: tuple[str, ...] = flag(("tokenizer", "autoencoder", "denoiser"), "stages to run, in order")
+    stages: tuple[str, ...] = flag(("tokenizer", "autoencoder", "decoder", "denoiser", "pipeline"), "stages to run, in order")
     scenes: int = flag(24000, "pictures of the base's training set")
     textures: int = flag(8000, "pictures without a scene, for the autoencoder alone")
     captions: int = flag(6, "wordings per picture")
     autoencoder_steps: int = flag(1700, "optimizer steps of the autoencoder, 16 pictures each")
-    denoiser_steps: int = flag(5000, "optimizer steps of denoiser and text encoder, 32 pictures each")
+    decoder_steps: int = flag(2500, "further optimizer steps of the decoder alone, its latents fixed")
+    denoiser_steps: int = flag(4000, "optimizer steps of denoiser and text encoder, 32 pictures each")
     checkpointing_steps: int = flag(250, "optimizer steps between two checkpoints")
     seed: int = flag(0, "decides pictures, weights and noise")
     threads: int = flag(1, "CPU threads")
@@ -250,13 +251,26 @@ def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
 
 
-def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> AutoencoderKL:
-    """Train the autoencoder on scenes and textures: absolute error of pixels and of their differences, and a little KL."""
+def with_textures(pictures: np.ndarray, settings: BaseSettings) -> np.ndarray:
+    """Return scenes and textures, two to one, (count, 64, 64, 3) uint8."""
     extra = [
         np.asarray(texture(np.random.default_rng((settings.seed + 1, index))))
         for index in tqdm(range(settings.textures), desc="textures", unit="picture", mininterval=2)
     ]
-    everything = np.concatenate([pictures[: 2 * settings.textures], np.stack(extra)])
+    return np.concatenate([pictures[: 2 * settings.textures], np.stack(extra)])
+
+
+def rebuilding_loss(rebuilt: Tensor, batch: Tensor) -> dict[str, Tensor]:
+    """Return the error of pixels and of the differences between neighbouring pixels."""
+    slopes = zip(edges(rebuilt), edges(batch), strict=True)
+    return {
+        "pixels": F.l1_loss(rebuilt, batch) + F.mse_loss(rebuilt, batch),
+        "edges": 0.5 * sum((F.l1_loss(ours, real) for ours, real in slopes), torch.zeros(())),
+    }
+
+
+def train_autoencoder(everything: np.ndarray, settings: BaseSettings) -> AutoencoderKL:
+    """Train the autoencoder on scenes and textures, with a little KL."""
     torch.manual_seed(settings.seed)
     modules = nn.ModuleDict({"vae": make_autoencoder()})
 
@@ -267,14 +281,33 @@ def train_autoencoder(pictures: np.ndarray, settings: BaseSettings) -> Autoencod
             posterior = modules["vae"].encode(batch).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             rebuilt = modules["vae"].decode(posterior.mean + posterior.std * noise).sample.float()
-        slopes = zip(edges(rebuilt), edges(batch), strict=True)
-        return {
-            "pixels": F.l1_loss(rebuilt, batch) + F.mse_loss(rebuilt, batch),
-            "edges": 0.5 * sum((F.l1_loss(ours, real) for ours, real in slopes), torch.zeros(())),
-            "kl": 1e-5 * posterior.kl().mean() / 1024,
-        }
+        return {**rebuilding_loss(rebuilt, batch), "kl": 1e-5 * posterior.kl().mean() / 1024}
 
     return optimize("autoencoder", modules, loss_at, settings.autoencoder_steps, 3e-3, settings)["vae"]  # type: ignore[return-value]
+
+
+def train_decoder(vae: AutoencoderKL, everything: np.ndarray, settings: BaseSettings) -> AutoencoderKL:
+    """Train the decoder further on latents that stay as they are, so that the denoiser can train at the same time.
+
+    A little noise on the latents stands for the denoiser's own error.
+    """
+    modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    modules.requires_grad_(True)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(everything), (16,), generator=generator).numpy()
+        batch = to_batch(everything[chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(batch).latent_dist.mean
+            scale = 0.05 * latents.std() * torch.rand(16, 1, 1, 1, generator=generator)
+            latents = latents + scale * torch.randn(latents.shape, generator=generator)
+            rebuilt = modules["decoder"](modules["post_quant_conv"](latents)).float()
+        return rebuilding_loss(rebuilt, batch)
+
+    trained = optimize("decoder", modules, loss_at, settings.decoder_steps, 1.5e-3, settings)
+    vae.decoder, vae.post_quant_conv = trained["decoder"], trained["post_quant_conv"]  # type: ignore[assignment]
+    return vae
 
 
 @torch.no_grad()
@@ -288,9 +321,7 @@ def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     return torch.cat(means)
 
 
-def train_denoiser(
-    latents: Tensor, texts: list[list[str]], tokenizer: CLIPTokenizer, settings: BaseSettings
-) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+def train_denoiser(latents: Tensor, texts: list[list[str]], tokenizer: CLIPTokenizer, settings: BaseSettings) -> None:
     """Train text encoder and denoiser together on v-prediction, one caption in ten left empty for guidance."""
     torch.manual_seed(settings.seed)
     modules = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": make_denoiser()})
@@ -313,8 +344,7 @@ def train_denoiser(
             predicted = modules["unet"](noisy, times, states).sample
         return {"noise": F.mse_loss(predicted.float(), target)}
 
-    trained = optimize("denoiser", modules, loss_at, settings.denoiser_steps, 1e-3, settings)
-    return trained["text_encoder"], trained["unet"]  # type: ignore[return-value]
+    optimize("denoiser", modules, loss_at, settings.denoiser_steps, 1e-3, settings)
 
 
 def write_pipeline(
@@ -345,7 +375,7 @@ def write_pipeline(
 
 def write_log(work: Path, path: Path) -> None:
     """Gather every stage's losses into one table."""
-    rows = [row for name in ("autoencoder", "denoiser") for row in read_log(work / f"{name}.pt")]
+    rows = [row for name in ("autoencoder", "decoder", "denoiser") for row in read_log(work / f"{name}.pt")]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
@@ -361,26 +391,41 @@ def read_log(path: Path) -> Iterator[dict]:
         yield from torch.load(path, weights_only=True)["log"]
 
 
+def trained_parts(work: Path, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Return text encoder and denoiser as their last checkpoint's moving average has them."""
+    state = torch.load(work / "denoiser.pt", weights_only=True)["average"]
+    modules = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": make_denoiser()})
+    modules.load_state_dict({key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"})
+    return modules["text_encoder"], modules["unet"]  # type: ignore[return-value]
+
+
 def main() -> None:
     settings = parse(BaseSettings, description="Train the embedded base from scratch.")
     torch.set_num_threads(settings.threads)
     work = Path(settings.work_dir)
     work.mkdir(parents=True, exist_ok=True)
-    pictures, texts = render_scenes(settings.scenes, settings.seed, settings.captions)
+    pictures, texts = np.zeros(0), []
+    if set(settings.stages) - {"pipeline"}:
+        pictures, texts = render_scenes(settings.scenes, settings.seed, settings.captions)
     if "tokenizer" in settings.stages:
         train_tokenizer(texts, work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     if "autoencoder" in settings.stages:
-        vae = train_autoencoder(pictures, settings)
+        vae = train_autoencoder(with_textures(pictures, settings), settings)
         latents = encode_all(vae, pictures)
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         vae.save_pretrained(work / "vae")
         torch.save(latents, work / "latents.pt")
+    if "decoder" in settings.stages:
+        vae = AutoencoderKL.from_pretrained(work / "vae")
+        train_decoder(vae, with_textures(pictures, settings), settings).save_pretrained(work / "vae-sharp")
     if "denoiser" in settings.stages:
         vae = AutoencoderKL.from_pretrained(work / "vae")
         latents = torch.load(work / "latents.pt", weights_only=True) * vae.config["scaling_factor"]
-        text_encoder, unet = train_denoiser(latents, texts, tokenizer, settings)
-        write_pipeline(Path(settings.output_dir), work / "tokenizer", vae, text_encoder, unet)
+        train_denoiser(latents, texts, tokenizer, settings)
+    if "pipeline" in settings.stages:
+        vae = AutoencoderKL.from_pretrained(work / "vae-sharp")
+        write_pipeline(Path(settings.output_dir), work / "tokenizer", vae, *trained_parts(work, tokenizer))
         write_log(work, Path(settings.output_dir) / "training_log.csv")
 
 

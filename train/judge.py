@@ -51,6 +51,7 @@ from share_diffusion.world.styles import STYLES
 from share_diffusion.world.textures import texture
 
 SHARD = 500
+RATE = 4e-3
 UNDEFINED = -1  # a head without a truth for a picture; it adds nothing to the loss
 Labels = dict[str, str]
 NOTHING: Labels = dict.fromkeys(HEADS, UNKNOWN)
@@ -242,7 +243,8 @@ def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Genera
         blank = np.zeros((SIDE, SIDE, 3), np.uint8)
         batch = np.stack([blank if example.picture is None else example.picture for example in part])
         with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean.float()
+            encoded: Any = vae.encode(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1)
+            latents = encoded.latent_dist.mean.float()
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator) * spread
             amount = (torch.rand(len(part), 1, 1, 1, generator=generator) - 0.5).clamp(min=0) * 0.3
@@ -333,13 +335,13 @@ def learn(pictures: np.ndarray, classes: np.ndarray, checkpoint: Path, settings:
     """Minimise the cross-entropy of every head that has a truth with AdamW, warm-up and cosine decay."""
     torch.manual_seed(settings.seed)
     network = Network()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.02)
     first = resume(checkpoint, network, optimizer)
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="judge", unit="step", mininterval=5)
     loss_now = 0.0
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+            group["lr"] = RATE * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = torch.randint(len(pictures), (64,), generator=generator).numpy()
         targets = torch.from_numpy(classes[chosen]).long()

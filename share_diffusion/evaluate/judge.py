@@ -10,9 +10,11 @@ judged picture does, with all factors drawn independently: it has no reason to e
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -35,20 +37,29 @@ WIDTHS = (32, 64, 96, 128)
 BATCH = 128
 
 
-def _convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+class Block(nn.Module):
+    """A 3 x 3 convolution to a new width, then a residual one."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.change = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.change_norm = nn.BatchNorm2d(width)
+        self.refine = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.refine_norm = nn.BatchNorm2d(width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return maps (n, width, height / stride, width / stride)."""
+        maps = F.relu(self.change_norm(self.change(maps)))
+        return F.relu(maps + self.refine_norm(self.refine(maps)))
 
 
 class Network(nn.Module):
-    """Eight convolutions from 32 x 32 down to 4 x 4, mean and maximum over the map, one linear layer per head."""
+    """Four blocks from 32 x 32 down to 4 x 4, mean and maximum over the last map, one linear layer per head."""
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
-        for before, width in zip((12, *WIDTHS), WIDTHS, strict=False):
-            layers += [_convolution(before, width, 1 if before == 12 else 2), _convolution(width, width)]
-        self.trunk = nn.Sequential(*layers)
+        blocks = [Block(before, width, 2) for before, width in pairwise(WIDTHS)]
+        self.trunk = nn.Sequential(nn.PixelUnshuffle(2), Block(12, WIDTHS[0], 1), *blocks)
         self.heads = nn.ModuleDict({head: nn.Linear(2 * WIDTHS[-1], len(labels)) for head, labels in HEADS.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
