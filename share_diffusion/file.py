@@ -109,7 +109,7 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def half(tensor: Tensor, what: str) -> Tensor:
     """Return a tensor as it is stored, or raise ValueError where it leaves the range of float16."""
-    stored = tensor.to(torch.float16).contiguous()
+    stored = tensor.to(torch.float16).clone(memory_format=torch.contiguous_format)
     if not torch.isfinite(stored).all():
         raise ValueError(f"{what}: values up to {float(tensor.abs().max()):.3g} do not fit float16; train with a lower rate")
     return stored

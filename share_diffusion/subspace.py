@@ -237,8 +237,7 @@ class Subspace:
         for layer, basis in sorted(self.layers.items()):
             digest.update(repr((layer, basis.alpha.shape[0], basis.beta.shape[0], basis.rank)).encode())
             for side, derived in zip((basis.alpha, basis.beta), fixed[layer], strict=True):
-                learned = side[:, derived:].to(torch.float16).contiguous()
-                digest.update(learned.view(torch.uint8).numpy().tobytes())
+                digest.update(side[:, derived:].to(torch.float16).numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def lora(self, name: str) -> LoRA:

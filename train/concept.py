@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -111,6 +112,25 @@ class ConceptSettings:
     sheet: bool = flag(True, "draw the contact sheet")
     local_files_only: bool = flag(False, "never ask the hub")
     cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
+
+
+class Interruption:
+    """Turns Ctrl-C and SIGTERM into a request that the loop answers after its step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number: int, _: object) -> None:
+        self.wanted = True
+        signal.signal(number, self.before[number])
+
+    def __enter__(self) -> Interruption:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -375,27 +395,36 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in bar:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * rate_factor(settings.lr_scheduler, step, settings.max_train_steps, settings.lr_warmup_steps)
-        total = torch.zeros((), device=accelerator.device)
-        for micro in range(settings.gradient_accumulation_steps):
-            drawn = step_draw(settings, pipeline, materials, step * settings.gradient_accumulation_steps + micro, accelerator)
-            with accelerator.accumulate(model):
-                losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
-                loss = losses.mean()
-                accelerator.backward(loss)
-                total += loss.detach() / settings.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    refuse_nan(settings, losses, norm, drawn, materials, step)
-                    optimizer.step()
-                    optimizer.zero_grad()
-        history.append(round(float(total), 6))
-        bar.set_postfix(loss=f"{sum(history[-20:]) / len(history[-20:]):.4f}")
-        if (step + 1) % settings.checkpointing_steps == 0 and accelerator.is_main_process:
-            tensors = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
-            save_state(folder, step + 1, tensors, facts, settings.checkpoints_total_limit)
+    with Interruption() as interruption:
+        for step in bar:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * rate_factor(
+                    settings.lr_scheduler, step, settings.max_train_steps, settings.lr_warmup_steps
+                )
+            total = torch.zeros((), device=accelerator.device)
+            for micro in range(settings.gradient_accumulation_steps):
+                drawn = step_draw(
+                    settings, pipeline, materials, step * settings.gradient_accumulation_steps + micro, accelerator
+                )
+                with accelerator.accumulate(model):
+                    losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
+                    loss = losses.mean()
+                    accelerator.backward(loss)
+                    total += loss.detach() / settings.gradient_accumulation_steps
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                        refuse_nan(settings, losses, norm, drawn, materials, step)
+                        optimizer.step()
+                        optimizer.zero_grad()
+            history.append(round(float(total), 6))
+            bar.set_postfix(loss=f"{sum(history[-20:]) / len(history[-20:]):.4f}")
+            due = (step + 1) % settings.checkpointing_steps == 0 or interruption.wanted
+            if due and accelerator.is_main_process:
+                tensors = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
+                save_state(folder, step + 1, tensors, facts, settings.checkpoints_total_limit)
+            if interruption.wanted:
+                bar.close()
+                raise KeyboardInterrupt
     attached.set(learner.updates())
     end_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
     attached.set({})

@@ -1,0 +1,18 @@
+"""What several test files need: the training scripts importable as a user's shell runs them, and a working folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "train"))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with a space in its name, made the current one."""
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -1,0 +1,194 @@
+"""Facts about learning a concept: resumption is bit-exact, failures change nothing, earlier concepts stay as they were."""
+
+import json
+import os
+import signal
+
+import concept
+import pytest
+import sequence
+import torch
+from PIL import Image
+
+from share_diffusion.adapt import MODES
+from share_diffusion.subspace import Subspace
+
+FAST = ["--max_train_steps", "4", "--train_batch_size", "2", "--gradient_batches", "1", "--checkpointing_steps", "2"]
+QUICK = [*FAST, "--no-sheet", "--cpu"]
+
+
+def run(*words):
+    return concept.main([*QUICK, *words])
+
+
+def file_of(folder):
+    return folder / "outputs/tiny/subspace.safetensors"
+
+
+def test_a_concept_ends_as_file_sheet_and_report(workplace, capsys):
+    assert concept.main([*FAST, "--cpu", "--concept", "watercolor"]) == 0
+    said = capsys.readouterr().out
+    assert "trigger 'watercolor'" in said
+    assert "24 pictures" in said
+    home = workplace / "outputs/tiny"
+    report = json.loads((home / "watercolor/report.json").read_text())
+    assert report["retention"]["after"]["watercolor"] >= 0.998
+    assert report["file"]["bytes"]["total"] == file_of(workplace).stat().st_size
+    assert len(report["losses"]["steps"]) == 4
+    with Image.open(home / "watercolor/sheet.png") as sheet:
+        assert sheet.width > 600
+
+
+def test_resumed_equals_uninterrupted(workplace):
+    words = ["--concept", "robot", "--output_dir"]
+    assert run(*words, "whole") == 0
+    save_state, done = concept.save_state, []
+
+    def stop_after_first(*arguments):
+        save_state(*arguments)
+        done.append(1)
+        raise KeyboardInterrupt
+
+    concept.save_state = stop_after_first
+    try:
+        assert run(*words, "parts") == 130
+    finally:
+        concept.save_state = save_state
+    assert not (workplace / "parts/tiny/subspace.safetensors").exists()
+    assert run(*words, "parts", "--resume_from_checkpoint", "latest") == 0
+    files = [workplace / name / "tiny/subspace.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
+    loss = concept.denoising_loss
+    calls = []
+
+    def terminate(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the first looks at the gradient
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    monkeypatch.setattr(concept, "denoising_loss", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("--concept", "robot", "--checkpointing_steps", "100") == 130
+    assert list((workplace / "outputs/tiny/robot").glob("checkpoint-*/manifest.json"))
+    assert not file_of(workplace).exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_later_concepts_leave_earlier_ones_bit_identical(workplace):
+    assert run("--concept", "watercolor") == 0
+    first = Subspace.load(file_of(workplace))
+    assert run("--concept", "robot") == 0
+    second = Subspace.load(file_of(workplace))
+    assert list(second.concepts) == ["watercolor", "robot"]
+    for layer, entry in first["watercolor"].coefficients.items():
+        assert torch.equal(entry.alpha, second["watercolor"].coefficients[layer].alpha)
+        width = first.layers[layer].rank[0]
+        assert torch.equal(first.layers[layer].alpha, second.layers[layer].alpha[:, :width])
+    assert second["robot"].kind == "subject"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_learns_first_and_second_concepts(workplace, mode):
+    assert run("--concept", "watercolor", "--adaptation", mode) == 0
+    assert run("--concept", "robot", "--adaptation", mode, "--finetune_steps", "1") == 0
+    subspace = Subspace.load(file_of(workplace))
+    assert all(concept.norm > 0 for concept in subspace.concepts.values())
+
+
+@pytest.mark.parametrize("basis", ["weights", "random"])
+def test_a_derived_basis_costs_no_bytes_for_the_first_concept(workplace, basis):
+    words = ["--concept", "robot", "--adaptation", "coefficients", "--basis", basis, "--derived_rank", "6"]
+    assert run(*words) == 0
+    report = json.loads((workplace / "outputs/tiny/robot/report.json").read_text())
+    assert report["file"]["bytes"]["basis"] == 0
+    assert run("--concept", "watercolor") == 0
+    again = json.loads((workplace / "outputs/tiny/watercolor/report.json").read_text())
+    assert again["file"]["bytes"]["basis"] > 0
+
+
+def test_nan_stops_before_the_step_and_names_the_pictures(workplace, monkeypatch, capsys):
+    assert run("--concept", "watercolor") == 0
+    before = file_of(workplace).read_bytes()
+    loss = concept.denoising_loss
+    steps = []
+
+    def poisoned(model, *arguments):
+        value = loss(model, *arguments)
+        if isinstance(model, concept.Denoiser):
+            steps.append(1)
+            return value * float("nan") if len(steps) == 3 else value
+        return value
+
+    monkeypatch.setattr(concept, "denoising_loss", poisoned)
+    assert run("--concept", "robot") == 1
+    said = capsys.readouterr().err
+    assert "not finite at step 2" in said
+    assert ".png" in said
+    assert "--learning_rate" in said
+    assert file_of(workplace).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--concept", "watercolour"], "did you mean 'watercolor'"),
+        (["--concept", "../x"], "it holds '/'"),
+        ([], "--concept is missing"),
+        (["--concept", "mine", "--instance_data_dir", "nowhere"], "nowhere"),
+        (["--concept", "robot", "--base", "no-such-base", "--local_files_only"], "cannot load the base 'no-such-base'"),
+        (["--concept", "robot", "--budget", "many"], "'many' is not a size"),
+        (["--concept", "robot", "--pseudo_rank", "0"], "pseudo_rank is 0"),
+        (["--concept", "robot", "--targets", "nothing_like_it"], "chooses no layer"),
+    ],
+)
+def test_bad_input_is_one_message(workplace, capsys, words, expected):
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "Traceback" not in said
+    assert not file_of(workplace).exists()
+
+
+def test_an_unknown_flag_names_the_nearest(workplace, capsys):
+    with pytest.raises(SystemExit):
+        run("--concept", "robot", "--learning_rat", "1")
+    assert "did you mean --learning_rate" in capsys.readouterr().err
+
+
+def test_a_second_run_of_a_concept_is_refused_before_training(workplace, capsys):
+    assert run("--concept", "robot") == 0
+    before = file_of(workplace).read_bytes()
+    assert run("--concept", "robot") == 1
+    assert "already holds the concept 'robot'" in capsys.readouterr().err
+    assert file_of(workplace).read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused(workplace, capsys):
+    assert run("--concept", "robot", "--subspace", "one.safetensors") == 0
+    assert run("--concept", "robot", "--subspace", "two.safetensors", "--pseudo_rank", "3", "--resume", "latest") == 1
+    assert "pseudo_rank was 4, now 3" in capsys.readouterr().err
+
+
+def test_own_pictures_and_a_config_file(workplace):
+    photos = workplace / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (90, 70), (40 * number, 90, 160)).save(photos / f"{number}.jpg")
+    (workplace / "run.toml").write_text('kind = "subject"\ninstance_prompt = "a photo of mycat"\nlearning_rate = 1e-2\n')
+    assert run("--concept", "mycat", "--instance_data_dir", "photos/", "--config", "run.toml") == 0
+    held = Subspace.load(file_of(workplace))["mycat"]
+    assert (held.kind, held.trigger) == ("subject", "mycat")
+    assert held.details["prompts"][0] == "a photo of mycat"
+
+
+def test_a_sequence_goes_on_where_it_stopped(workplace, capsys):
+    words = [*QUICK, "--concepts", "watercolor", "robot"]
+    assert run("--concept", "watercolor") == 0
+    assert sequence.main(words) == 0
+    said = capsys.readouterr().out
+    assert "watercolor: already in" in said
+    assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor", "robot"]
