@@ -43,7 +43,7 @@ _HOMES = {
     "generate": "generate",
     "load_base": "base",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -155,7 +155,7 @@ def weight_basis(weight: Tensor, rank: int, iterations: int = 12) -> Basis:
         left, _ = torch.linalg.qr(left)
         right, _ = torch.linalg.qr(weight.mT @ left)
         left = weight @ right
-    inner_left, values, inner_right = torch.linalg.svd(left, full_matrices=False)
+    inner_left, _, inner_right = torch.linalg.svd(left, full_matrices=False)
     beta, alpha = inner_left[:, :rank], (right @ inner_right.mT)[:, :rank]
     sign = torch.where(alpha.gather(0, alpha.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     return Basis(alpha=alpha * sign, beta=beta * sign)

@@ -92,3 +92,14 @@ def cheapest(options: list[float], accepted: Callable[[float], bool]) -> float:
         else:
             low = middle + 1
     return options[low]
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that `60MB`, `1.5 GiB` or `200000` mean."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().lower().rstrip("bgikm ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"budget {text!r} is not a size; write it as 60MB, 1.5GiB or 200000") from None

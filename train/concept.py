@@ -11,33 +11,28 @@ The file changes in one step at the end; whatever happens before leaves every ea
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from PIL import Image
 from tqdm import tqdm
 
 from share_diffusion import storage
 from share_diffusion.adapt import MODES, Adaptation, Learner, gradient_directions, make_learner
-from share_diffusion.attach import Attached, attach
+from share_diffusion.attach import Attached
 from share_diffusion.base import base_name, load_base
 from share_diffusion.basis import Basis
-from share_diffusion.capacity import Capacity
+from share_diffusion.capacity import Capacity, parse_bytes
 from share_diffusion.checkpoint import find_state, save_state
 from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.describe import describe
-from share_diffusion.generate import Sampling, generate, save_png
+from share_diffusion.generate import save_png
+from share_diffusion.interruption import Interruption
 from share_diffusion.learning import (
     Denoiser,
     Frozen,
@@ -53,9 +48,10 @@ from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.models.stable_diffusion import native_resolution, too_long
 from share_diffusion.objective import Draw, draw
+from share_diffusion.plan import lora_numbers, plan, summary
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.settings import flag, parse
-from share_diffusion.sheet import Row, contact_sheet
+from share_diffusion.showcase import draw_base, draw_concepts, make_sheet
 from share_diffusion.subspace import Origin, Subspace
 from share_diffusion.world.render import render_folder
 
@@ -108,29 +104,12 @@ class ConceptSettings:
     )
     checkpointing_steps: int = flag(50, "steps between two checkpoints")
     checkpoints_total_limit: int | None = flag(2, "checkpoints that are kept", aliases=("save_last_n_steps",))
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint folder, or latest", aliases=("resume",))
+    resume_from_checkpoint: str | None = flag(
+        None, "a checkpoint folder, latest, or auto (the latest if it fits this run)", aliases=("resume",)
+    )
     sheet: bool = flag(True, "draw the contact sheet")
     local_files_only: bool = flag(False, "never ask the hub")
     cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
-
-
-class Interruption:
-    """Turns Ctrl-C and SIGTERM into a request that the loop answers after its step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number: int, _: object) -> None:
-        self.wanted = True
-        signal.signal(number, self.before[number])
-
-    def __enter__(self) -> Interruption:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def learn(settings: ConceptSettings) -> dict[str, Any]:
-    """Learn the concept and return the report."""
+    """Learn the concept and return the report (empty on all but the main process)."""
     started = time.perf_counter()
     recipe = recipe_of(settings)
     folder, file = places(settings, recipe)
@@ -157,18 +136,13 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         cpu=settings.cpu,
     )
-    say = accelerator.print
-    set_seed(settings.seed)
+    capacity = capacity_of(settings)
     with accelerator.main_process_first():
-        draw_world(recipe, say)
-    dataset = read_dataset(
-        recipe.folder,
-        trigger=recipe.trigger,
-        instance_prompt=recipe.instance_prompt,
-        caption_from_filename=settings.caption_from_filename,
-    )
+        draw_world(recipe, accelerator)
+    dataset = read_pictures(settings, recipe)
+    base = settings.pretrained_model_name_or_path
     pipeline = load_base(
-        settings.pretrained_model_name_or_path,
+        base,
         dtype=PRECISIONS[settings.mixed_precision],
         device=accelerator.device,
         local_files_only=settings.local_files_only,
@@ -177,30 +151,44 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
     materials = prepare(pipeline, dataset, settings.resolution or native_resolution(pipeline))
-    before = draw_sheet_pictures(settings, pipeline, subspace, recipe, None, say)
+
     attached = Attached(pipeline, sorted(modules))
-    learner, seconds_per_step = start_learner(settings, accelerator, pipeline, subspace, materials, attached, modules)
-    say(plan(settings, recipe, dataset, pipeline, subspace, learner, seconds_per_step, file))
-    losses = train(settings, accelerator, pipeline, learner, attached, materials, dataset, folder)
+    learner, seconds = start_learner(settings, accelerator, pipeline, subspace, materials, attached, modules)
+    lora = settings.rank, lora_numbers(modules, settings.rank)
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    steps = settings.max_train_steps, batch, seconds * settings.gradient_accumulation_steps
+    cut = len(too_long(pipeline, [example.caption for example in dataset.examples]))
+    held = list(subspace.concepts)
+    accelerator.print(plan(recipe, dataset, pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file))
     attached.detach()
+    shown = settings.sheet and accelerator.is_main_process
+    untouched = draw_base(pipeline, recipe) if shown else []
+    before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
+
+    with Attached(pipeline, sorted(modules)) as attached:
+        losses = train(settings, accelerator, pipeline, learner, attached, materials, dataset, subspace.basis_version, folder)
     if not accelerator.is_main_process:
         return {}
-    merged, retention = merge(settings, pipeline, subspace, recipe, learner, file, modules)
+    merged, retention = merge(settings, capacity, pipeline, subspace, recipe, learner, file, modules)
     if settings.finetune_steps:
         merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
     merged = merged.save(file)
-    after = draw_sheet_pictures(settings, pipeline, merged, recipe, before, say)
+    if shown:
+        after = draw_concepts(pipeline, merged, "pictures after")
+        save_png(make_sheet(recipe, base_name(base), untouched, before, after), folder / "sheet.png")
     report = {
         "concept": recipe.name,
         "settings": asdict(settings),
         "losses": losses,
         "retention": retention,
         "trainables": learner.trainables,
-        "lora_trainables": sum(sum(shape_of(module)[0]) * settings.rank for module in modules.values()),
+        "lora_trainables": lora[1],
         "seconds": round(time.perf_counter() - started, 1),
         "file": describe(merged, file),
     }
-    finish(settings, recipe, folder, file, before, after, report, say)
+    write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
+    results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
+    accelerator.print(summary(recipe.name, report, file, results))
     return report
 
 
@@ -246,10 +234,27 @@ def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
     return folder, file
 
 
-def draw_world(recipe: Recipe, say: Any) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_pictures(settings: ConceptSettings, recipe: Recipe) -> Dataset:
+    """Return the concept's pictures and captions."""
+    return read_dataset(
+        recipe.folder,
+        trigger=recipe.trigger,
+        instance_prompt=recipe.instance_prompt,
+        caption_from_filename=settings.caption_from_filename,
+    )
+
+
+def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:
     """Render a ready-made concept's pictures on first use."""
     if recipe.world is not None and not recipe.folder.exists():
-        say(f"drawing {recipe.world.pictures} pictures into {recipe.folder}/")
+        accelerator.print(f"drawing {recipe.world.pictures} pictures into {recipe.folder}/")
         world = recipe.world
         render_folder(world.name, recipe.folder, world.pictures, world.seed, world.caption)
 
@@ -320,51 +325,6 @@ def start_learner(
     return learner.to(accelerator.device), seconds
 
 
-def plan(
-    settings: ConceptSettings,
-    recipe: Recipe,
-    dataset: Dataset,
-    pipeline: Any,
-    subspace: Subspace,
-    learner: Learner,
-    seconds_per_step: float,
-    file: Path,
-) -> str:
-    """Return what is going to happen, in a few lines."""
-    counts: dict[str, int] = {}
-    for path in learner.by_layer():
-        counts[path.partition(".")[0]] = counts.get(path.partition(".")[0], 0) + 1
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps
-    lora = sum(sum(shape_of(module)[0]) for module in select(pipeline, settings.targets, settings.train_text_encoder).values())
-    weights = sum(
-        p.numel() * p.element_size() for m in (pipeline.unet, pipeline.text_encoder, pipeline.vae) for p in m.parameters()
-    )
-    cut = too_long(pipeline, [example.caption for example in dataset.examples])
-    minutes, seconds = divmod(round(seconds_per_step * settings.max_train_steps * settings.gradient_accumulation_steps), 60)
-    held = ", ".join(subspace.concepts) or "none yet"
-    lines = [
-        "",
-        f"  concept     {recipe.name} ({recipe.kind}), trigger {recipe.trigger!r}",
-        *(f"  {'pictures' if number == 0 else '':<10}  {line}" for number, line in enumerate(dataset.report().splitlines())),
-        *([f"              {len(cut)} captions are longer than the text encoder reads and will be cut"] if cut else []),
-        f"  base        {settings.pretrained_model_name_or_path}, held so far: {held}",
-        f"  layers      {', '.join(f'{count} in {component}' for component, count in counts.items())}",
-        f"  trains      {learner.trainables:,} numbers ({settings.adaptation}); a LoRA of rank {settings.rank} has {lora * settings.rank:,}",
-        f"  steps       {settings.max_train_steps} of {batch} pictures, about {minutes} min {seconds:02d} s",
-        f"  memory      {weights / 2**20:,.0f} MiB of base weights, peak so far {peak_memory() / 2**20:,.0f} MiB",
-        f"  file        {file}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def peak_memory() -> int:
-    """Return the most memory this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak
-
-
 def train(
     settings: ConceptSettings,
     accelerator: Accelerator,
@@ -373,6 +333,7 @@ def train(
     attached: Attached,
     materials: Materials,
     dataset: Dataset,
+    basis_version: str,
     folder: Path,
 ) -> dict[str, Any]:
     """Train the learner; every random number is a function of (seed, step). Returns the losses."""
@@ -382,7 +343,7 @@ def train(
         weight_decay=0.0,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    facts = {"data": dataset.fingerprint, "settings": comparable(settings)}
+    facts = {"data": dataset.fingerprint, "basis_version": basis_version, "settings": comparable(settings)}
     first, history = resume(settings, accelerator, learner, optimizer, folder, facts)
     model, optimizer = accelerator.prepare(Denoiser(learner, pipeline, attached), optimizer)
     fixed = [step_draw(settings, pipeline, materials, 2_000_000_000 + index, accelerator) for index in range(4)]
@@ -461,15 +422,21 @@ def resume(
     """Restore a checkpoint where one is asked for; refuses one taken with other data or settings."""
     if settings.resume_from_checkpoint is None:
         return 0, []
-    state, notes = find_state(folder, settings.resume_from_checkpoint)
+    automatic = settings.resume_from_checkpoint == "auto"
+    state, notes = find_state(folder, "latest" if automatic else settings.resume_from_checkpoint)
     for note in notes:
         accelerator.print(f"passed over: {note}")
     if state is None:
-        accelerator.print(f"no checkpoint in {folder}; starting at step 0")
+        if not automatic:
+            accelerator.print(f"no checkpoint in {folder}; starting at step 0")
         return 0, []
     ours, theirs = facts["settings"], state.facts["settings"]
     changes = [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs.get(key)]
     changes += ["the pictures or captions have changed"] if facts["data"] != state.facts["data"] else []
+    changes += ["the subspace file has changed"] if facts["basis_version"] != state.facts["basis_version"] else []
+    if changes and automatic:
+        accelerator.print(f"the checkpoint of step {state.step} is not this run's ({'; '.join(changes)}); starting at step 0")
+        return 0, []
     if changes:
         raise ValueError(
             f"cannot resume at step {state.step}: {'; '.join(changes)}. Set them back, or start again without resuming"
@@ -488,31 +455,21 @@ def refuse_nan(
         return
     what = "loss" if not torch.isfinite(losses).all() else "gradient"
     raise ValueError(
-        f"the {what} is not finite at step {step} (pictures: {', '.join(bad_pictures(losses, drawn, materials))}); nothing was "
-        f"changed by this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) "
-        f"or --factor_learning_rate ({settings.factor_learning_rate:g})"
+        f"the {what} is not finite at step {step} (pictures: {', '.join(bad_pictures(losses, drawn, materials))}); nothing "
+        f"was changed by this step and nothing is merged. Look at these pictures, or lower --learning_rate "
+        f"({settings.learning_rate:g}) or --factor_learning_rate ({settings.factor_learning_rate:g})"
         + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
     )
 
 
 def capacity_of(settings: ConceptSettings) -> Capacity:
     """Return the limits of the merge."""
-    return Capacity(settings.retain, settings.basis_rank, bytes_of(settings.budget) if settings.budget else None)
-
-
-def bytes_of(text: str) -> int:
-    """Return the bytes that `60MB`, `1.5 GiB` or `200000` mean."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    number = text.strip().lower().rstrip("bgikm ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"budget {text!r} is not a size; write it as 60MB, 1.5GiB or 200000") from None
+    return Capacity(settings.retain, settings.basis_rank, parse_bytes(settings.budget) if settings.budget else None)
 
 
 def merge(
     settings: ConceptSettings,
+    capacity: Capacity,
     pipeline: Any,
     subspace: Subspace,
     recipe: Recipe,
@@ -525,7 +482,7 @@ def merge(
         subspace = open_subspace(settings, pipeline, file, recipe, modules)
     about = {"kind": recipe.kind, "trigger": recipe.trigger, "details": {"prompts": list(recipe.prompts)}}
     lora = learner.lora()
-    merged = subspace.merge({recipe.name: lora}, capacity=capacity_of(settings), about={recipe.name: about})
+    merged = subspace.merge({recipe.name: lora}, capacity=capacity, about={recipe.name: about})
     before = {name: concept.retention for name, concept in subspace.concepts.items()}
     after = {name: concept.retention for name, concept in merged.concepts.items()}
     return merged, {"before": before, "after": after}
@@ -562,80 +519,6 @@ def finetune(
             optimizer.step()
             optimizer.zero_grad()
     return subspace.with_coefficients(recipe.name, learner.coefficients())
-
-
-Pictures = dict[str, list[Image.Image]]
-
-
-def draw_sheet_pictures(
-    settings: ConceptSettings, pipeline: Any, subspace: Subspace, recipe: Recipe, before: Pictures | None, say: Any
-) -> Pictures:
-    """Draw the sheet's pictures with the subspace as it is: the base (once), every concept held, this one at the end."""
-    if not settings.sheet:
-        return {}
-    prompts = {name: concept.details.get("prompts") or [concept.trigger] for name, concept in subspace.concepts.items()}
-    pictures: Pictures = {}
-    with attach_if_any(pipeline, subspace) as handle:
-        jobs = [("", list(recipe.prompts)[:4])] if before is None else []
-        jobs += [(name, list(texts)[:4]) for name, texts in prompts.items()]
-        for name, texts in tqdm(jobs, desc="pictures before" if before is None else "pictures after", leave=False):
-            if handle is not None:
-                handle.set_blend({name: 1.0} if name else None)
-            pictures[name] = generate(pipeline, texts, list(range(len(texts))), Sampling())
-    return pictures
-
-
-@contextlib.contextmanager
-def attach_if_any(pipeline: Any, subspace: Subspace) -> Iterator[Any]:
-    """Attach a subspace that holds something."""
-    if not subspace.concepts:
-        yield None
-        return
-    with attach(pipeline, subspace) as handle:
-        yield handle
-
-
-def finish(
-    settings: ConceptSettings,
-    recipe: Recipe,
-    folder: Path,
-    file: Path,
-    before: Pictures,
-    after: Pictures,
-    report: dict[str, Any],
-    say: Any,
-) -> None:
-    """Write the contact sheet and the report, and say what there is now."""
-    sheet, paper = folder / "sheet.png", folder / "report.json"
-    if settings.sheet:
-        rows = [
-            Row("base", "before; at step 0 the concept is exactly the base", before[""], recipe.prompts[:4]),
-            Row(recipe.name, "learned now", after[recipe.name]),
-        ]
-        for name in (name for name in before if name):
-            rows += [Row(name, "before this concept", before[name]), Row(name, "after it was merged", after[name])]
-        save_png(
-            contact_sheet(
-                f"{recipe.name} on {base_name(settings.pretrained_model_name_or_path)}, same seeds in every row", rows
-            ),
-            sheet,
-        )
-    text = json.dumps(report, indent=1, sort_keys=True, default=str)
-    part = paper.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(paper)
-    sizes, retention = report["file"]["bytes"], report["retention"]
-    say(
-        f"\n{recipe.name} is learned: loss {report['losses']['fixed_noise_before']:.4f} -> {report['losses']['fixed_noise_after']:.4f}"
-        f" in {report['seconds']:.0f} s, {report['trainables']:,} numbers trained"
-    )
-    for name, kept in retention["after"].items():
-        earlier = retention["before"].get(name)
-        say(f"  {name:<20} retention {kept:.4f}" + (f" (before {earlier:.4f})" if earlier is not None else " (new)"))
-    say(
-        f"  {file}: {sizes['total']:,} bytes, of which {sizes['basis']:,} are the shared basis; {sizes['per_concept_mean']:,.0f} a concept"
-    )
-    say(f"  {sheet}\n  {paper}" if settings.sheet else f"  {paper}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def learn_all(settings: SequenceSettings) -> list[str]:
     for number, name in enumerate(todo, start=1):
         print(f"\n[{number} of {len(todo)}] {name}")
         one = ConceptSettings(**{**common, "concept": name, "instance_data_dir": None})
-        learn(replace(one, resume_from_checkpoint=settings.resume_from_checkpoint or "latest"))
+        learn(replace(one, resume_from_checkpoint=settings.resume_from_checkpoint or "auto"))
     return todo
 
 
