@@ -112,7 +112,7 @@ def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
         problems.append("--prompt is empty")
     if problems:
         raise ValueError("; ".join(problems))
-    if blend.weights:
+    if blend.weights and arguments.subspace is not None:
         from share_diffusion.file import listing
 
         known = [concept["name"] for concept in listing(arguments.subspace).concepts]

@@ -51,12 +51,7 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Any], facts: Mappi
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def list_states(folder: Path) -> list[Path]:

@@ -83,19 +83,12 @@ class ShareConv(ShareLayer):
 
     def path(self, inputs: Tensor, update: Update) -> Tensor:
         base = self.base
-        height, width = base.kernel_size  # type: ignore[misc]
-        kernel = update.alpha.mT.unflatten(1, (-1, height, width))
-        padding = base._reversed_padding_repeated_twice if base.padding_mode != "zeros" else None
-        inputs = inputs.to(update.alpha.dtype)
-        if padding is not None:
-            inputs = F.pad(inputs, padding, mode=base.padding_mode)  # type: ignore[arg-type]
-        hidden = F.conv2d(
-            inputs,
-            kernel,
-            stride=base.stride,
-            padding=0 if padding is not None else base.padding,
-            dilation=base.dilation,  # type: ignore[arg-type]
-        )
+        assert isinstance(base, nn.Conv2d)
+        kernel = update.alpha.mT.unflatten(1, (-1, *base.kernel_size))
+        inputs, padding = inputs.to(update.alpha.dtype), base.padding
+        if base.padding_mode != "zeros":
+            inputs, padding = F.pad(inputs, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        hidden = F.conv2d(inputs, kernel, stride=base.stride, padding=padding, dilation=base.dilation)
         for matrix in update.middle:
             hidden = F.conv2d(hidden, matrix.mT[:, :, None, None])
         return F.conv2d(hidden, update.beta[:, :, None, None])

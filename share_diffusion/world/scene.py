@@ -212,7 +212,7 @@ def gradient(top: Colour, bottom: Colour) -> Image.Image:
 def meadow(generator: np.random.Generator) -> Image.Image:
     image = gradient((128, 196, 250), (200, 232, 255))
     draw = ImageDraw.Draw(image)
-    horizon = generator.integers(140, 165)
+    horizon = int(generator.integers(140, 165))
     draw.ellipse((-90, horizon - 22, 170, horizon + 120), fill=(134, 200, 92))
     draw.rectangle((0, horizon, CANVAS, CANVAS), fill=(112, 186, 78))
     for x, y in generator.uniform((0, horizon + 12), (CANVAS, CANVAS), (16, 2)):
@@ -226,11 +226,11 @@ def meadow(generator: np.random.Generator) -> Image.Image:
 def beach(generator: np.random.Generator) -> Image.Image:
     image = gradient((90, 190, 240), (190, 236, 250))
     draw = ImageDraw.Draw(image)
-    sea = generator.integers(105, 130)
+    sea = int(generator.integers(105, 130))
     draw.rectangle((0, sea, CANVAS, CANVAS), fill=(20, 140, 176))
     for x in range(-20, CANVAS, 36):
         draw.arc((x, sea + 16, x + 36, sea + 32), 0, 180, fill=(210, 244, 250), width=4)
-    shore = sea + generator.integers(42, 60)
+    shore = sea + int(generator.integers(42, 60))
     draw.polygon([(0, shore + 8), (128, shore - 6), (CANVAS, shore + 10), (CANVAS, CANVAS), (0, CANVAS)], fill=(244, 218, 154))
     x = generator.uniform(30, 226)
     draw.ellipse((x - 22, 14, x + 22, 58), fill=(255, 226, 90))
