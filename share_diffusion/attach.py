@@ -74,6 +74,8 @@ class AttachedSubspace(Attached):
 
         An unknown concept is a ValueError that lists the known ones, and changes nothing.
         """
+        if not self.layers:
+            raise ValueError("this handle is detached; attach the subspace again")
         chosen = Blend.of(blend)
         cores = self.subspace.blend(chosen.weights)
         self.set({path: [self.update(path, core)] for path, core in cores.items()})
@@ -109,6 +111,9 @@ def attach_problems(pipeline: Any, subspace: Subspace, strict: bool) -> list[str
         return ["this subspace was loaded without its base's weights; load it with Subspace.load(path, weights)"]
     if any(isinstance(module, ShareLayer) for module in found.values()):
         return ["the pipeline already carries attached layers; call detach() on their handle first"]
+    grouped = [path for path in subspace.layers if getattr(found.get(path), "groups", 1) != 1]
+    if grouped:
+        return [f"{', '.join(grouped[:3])} cannot be adapted: convolutions with groups are not supported"]
     absent = [path for path in subspace.layers if path not in found]
     shapes = {
         path: (shape_of(found[path])[0], (basis.beta.shape[0], basis.alpha.shape[0]))

@@ -92,6 +92,13 @@ def outside(basis: Tensor, vectors: Tensor) -> Tensor:
     return vectors
 
 
+def orthonormalised(frame: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q (side, k) and R (k, k) with frame = Q R, for a frame that is orthonormal to rounding: Q is next to it."""
+    turned, triangle = torch.linalg.qr(frame)
+    sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle)
+    return turned * sign, sign[:, None] * triangle
+
+
 def principal_directions(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return orthonormal directions (side, m) of the vectors (side, m'), strongest first, and each one's energy (m).
 

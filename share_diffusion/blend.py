@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-TERM = re.compile(r"""\s*(?:"(?P<quoted>[^"]+)"|(?P<plain>[^\s:+"][^:+"]*?))\s*(?::\s*(?P<weight>[^\s+]+)\s*)?(?=\+|$)""")
+NAME = re.compile(r'\s*(?:"(?P<quoted>[^"]+)"|(?P<plain>[^\s:+"](?:[^:+"]*[^\s:+"])?))\s*')
+WEIGHT = re.compile(r":\s*(?P<weight>[+-]?(?:[^\s+:]|(?<=[eE])\+(?=\d))*)\s*")
 PLAIN = re.compile(r"[^\s:+\"-][^:+\"]*")
 
 
@@ -35,15 +36,10 @@ class Blend:
         Raises ValueError that points at the character where the text stops making sense.
         """
         weights: dict[str, float] = {}
-        for start, name, number in terms(text):
+        for start, name, weight in terms(text):
             if name in weights:
                 raise ValueError(pointed(text, start, f"concept {name!r} is named twice; give it one weight"))
-            try:
-                weights[name] = float(number)
-            except ValueError:
-                raise ValueError(pointed(text, start, f"weight {number!r} of {name!r} is not a number")) from None
-            if not math.isfinite(weights[name]):
-                raise ValueError(pointed(text, start, f"weight {number!r} of {name!r} is not finite"))
+            weights[name] = weight
         return cls(weights)
 
     @classmethod
@@ -61,16 +57,34 @@ class Blend:
         )
 
 
-def terms(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (position, name, weight as written) of every term of a blend."""
+def terms(text: str) -> Iterator[tuple[int, str, float]]:
+    """Yield (position, name, weight) of every term of a blend."""
     position = 0
     while text.strip() and position <= len(text):
-        match = TERM.match(text, position)
+        match = NAME.match(text, position)
         if match is None:
-            raise ValueError(pointed(text, position, "expected a concept, as in 'watercolor:0.8 + robot:0.5'"))
-        start = match.start("quoted") if match["quoted"] else match.start("plain")
-        yield start, (match["quoted"] or match["plain"]).strip(), match["weight"] or "1"
-        position = match.end() + 1
+            start = len(text) - len(text[position:].lstrip())
+            raise ValueError(pointed(text, start, "expected a concept, as in 'watercolor:0.8 + robot:0.5'"))
+        name, start, weight = (match["quoted"] or match["plain"]).strip(), match.start(match.lastgroup or 0), 1.0
+        position = match.end()
+        if found := WEIGHT.match(text, position):
+            weight = number(text, found.start("weight"), found["weight"], name)
+            position = found.end()
+        if position < len(text) and text[position] != "+":
+            raise ValueError(pointed(text, position, f"expected '+' between {name!r} and the next concept"))
+        yield start, name, weight
+        position += 1
+
+
+def number(text: str, position: int, written: str, name: str) -> float:
+    """Return a weight as a finite number."""
+    try:
+        weight = float(written)
+    except ValueError:
+        raise ValueError(pointed(text, position, f"weight {written!r} of {name!r} is not a number")) from None
+    if not math.isfinite(weight):
+        raise ValueError(pointed(text, position, f"weight {written!r} of {name!r} is not finite"))
+    return weight
 
 
 def pointed(text: str, position: int, problem: str) -> str:

@@ -50,8 +50,8 @@ class Candidates:
     def above(self, price: float) -> tuple[int, int]:
         """Return how many columns of (alpha, beta) are worth more than `price` energy per number."""
         return (
-            int((self.alpha > price * self.costs[0]).sum()),
-            int((self.beta > price * self.costs[1]).sum()),
+            int((self.alpha / self.costs[0] > price).sum()),
+            int((self.beta / self.costs[1] > price).sum()),
         )
 
 

@@ -3,7 +3,7 @@
     <layer>.share_alpha     (in, k)     learned columns of the input basis, float16
     <layer>.share_beta      (out, k')   learned columns of the output basis
     concept.<number>        (n,)        one concept: for every layer, in the order of the layer list, its alpha (k, p) and
-                                        then its beta (k', p) coefficients, row by row
+                                        then its beta (k', p) coefficients, row by row, in units of sqrt(norm)
     layouts                 (g, layers, 3) int32: rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
     details                 (bytes,)    JSON list, one entry a concept: facts that nobody needs to list concepts
 
@@ -88,9 +88,11 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for number, concept in enumerate(subspace.concepts.values()):
         layout = layout_of(concept, order)
         entry = {"name": concept.name, "kind": concept.kind, "trigger": concept.trigger}
-        entry |= {"norm": float(f"{concept.norm:.6g}"), "retention": math.floor(concept.retention * 1e6) / 1e6}
+        norm, retention = float(f"{concept.norm:.6g}"), math.floor(round(concept.retention * 1e6, 3)) / 1e6
+        entry |= {"norm": norm, "retention": retention}
         concepts.append({**entry, "layout": layouts.setdefault(layout, len(layouts))})
-        parts = [side.flatten() for layer in order if layer in concept.coefficients for side in sides(concept, layer)]
+        unit = unit_of(norm)
+        parts = [side.flatten() / unit for layer in order if layer in concept.coefficients for side in sides(concept, layer)]
         tensors[f"concept.{number:05d}"] = half(torch.cat(parts) if parts else torch.zeros(0), concept.name)
     tensors["layouts"] = torch.tensor(list(layouts), dtype=torch.int32).reshape(len(layouts), len(order), 3)
     details = json.dumps([dict(concept.details) for concept in subspace.concepts.values()], sort_keys=True)
@@ -113,6 +115,11 @@ def half(tensor: Tensor, what: str) -> Tensor:
     if not torch.isfinite(stored).all():
         raise ValueError(f"{what}: values up to {float(tensor.abs().max()):.3g} do not fit float16; train with a lower rate")
     return stored
+
+
+def unit_of(norm: float) -> float:
+    """Return what a concept's coefficients are stored in: then float16 holds those of any scale."""
+    return norm**0.5 or 1.0
 
 
 def sides(concept: Concept, layer: str) -> tuple[Tensor, Tensor]:
@@ -145,7 +152,7 @@ def unpack(
     layouts = tensors["layouts"].tolist()
     concepts = {}
     for number, entry in enumerate(metadata["concepts"]):
-        packed = tensors[f"concept.{number:05d}"].float()
+        packed = tensors[f"concept.{number:05d}"].float() * unit_of(entry["norm"])
         known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}
         coefficients = cut(packed, list(shapes), layouts[entry["layout"]])
         concepts[entry["name"]] = Concept(**known, coefficients=coefficients, details=details[number])
@@ -169,6 +176,8 @@ def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
 
 def cut(packed: Tensor, order: list[str], layout: list[list[int]]) -> dict[str, Coefficients]:
     """Return a concept's coefficients from their packed form."""
+    if len(layout) != len(order):
+        raise IndexError(f"a layout of {len(layout)} layers where there are {len(order)}")
     coefficients = {}
     pieces = [rows * rank for alpha, beta, rank in layout for rows in (alpha, beta)]
     parts = iter(packed.split(pieces))

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from share_diffusion.basis import (
+    RANK_TOLERANCE,
     WORK,
     Basis,
     Coefficients,
     factor_core,
+    orthonormalised,
     outside,
     pad_columns,
     principal_directions,
@@ -43,22 +45,20 @@ BYTES = 2  # of one number in the file
 
 @dataclass(frozen=True)
 class Frame:
-    """One layer's old basis and the directions that new updates would add to it, with the new updates' cores."""
+    """One layer's old basis and the directions that new updates would add to it, with the new updates' cores.
+
+    A basis that was rounded to half precision is not quite orthonormal, and energies measured in it would be wrong:
+    cores are those in `axes`, where [basis, E] = axes @ triangles, which keeps the span of every leading block.
+    """
 
     basis: Basis
     fixed: tuple[int, int]  # derived columns of (alpha, beta), which stay
     alpha: Tensor  # (in, m) new directions, strongest first
     beta: Tensor  # (out, m')
     candidates: Candidates
+    axes: Basis  # (in, k + m), (out, k' + m')
+    triangles: tuple[Tensor, Tensor]
     cores: Mapping[str, Tensor]  # new concept -> (k' + m', k + m)
-
-    @property
-    def wide(self) -> Basis:
-        """The whole frame [basis, E], (in, k + m) and (out, k' + m')."""
-        return Basis(
-            alpha=torch.cat([self.basis.alpha.to(WORK), self.alpha], dim=1),
-            beta=torch.cat([self.basis.beta.to(WORK), self.beta], dim=1),
-        )
 
 
 @dataclass(frozen=True)
@@ -83,33 +83,33 @@ def merge_updates(
     """Fold `updates` (concept -> layer -> factors, of Frobenius norm `norms`) into the bases within the capacity."""
     frames = make_frames(layers, fixed, updates, norms)
     widths = {name: basis.rank for name, basis in layers.items()} | grow(frames, norms, capacity)
+    ranks = {
+        concept: {name: min(pseudo_rank or factors.rank, factors.rank) for name, factors in update.items()}
+        for concept, update in updates.items()
+    }
 
     def cost(chosen: Widths, rotated: set[str]) -> int:
-        return file_numbers(chosen, rotated, layers, fixed, held, updates) * BYTES
+        return file_numbers(chosen, rotated, layers, fixed, held, ranks) * BYTES
 
     tight = over_rank(frames, widths, capacity.rank)
     if capacity.budget is not None and cost(widths, tight) > capacity.budget:
         tight = set(frames)
     axes = {name: principal_axes(name, frames[name], held, norms) for name in sorted(tight)}
     widths = narrow(frames, axes, widths, capacity, lambda chosen: cost(chosen, tight))
+    if capacity.budget is not None and (least := cost(widths, tight)) > capacity.budget:
+        raise ValueError(
+            f"budget is {capacity.budget:,} bytes; layers that these concepts do not touch take {least:,} alone; raise it"
+        )
     rotations = {name: (alpha[:, : widths[name][0]], beta[:, : widths[name][1]]) for name, (alpha, beta, _) in axes.items()}
     bases = {**layers}
     for name, frame in frames.items():
         bases[name] = cut(frame, widths[name], rotations.get(name))
     return Merged(
         layers=bases,
-        held={name: re_express(concept, rotations, bases) for name, concept in held.items()},
-        new={
-            name: express(name, frames, widths, rotations, norms[name], pseudo_rank or rank_of(updates[name]))
-            for name in updates
-        },
+        held={name: re_express(concept, frames, rotations) for name, concept in held.items()},
+        new={name: express(name, frames, widths, rotations, norms[name], ranks[name]) for name in updates},
         truncated=tuple(sorted(rotations)),
     )
-
-
-def rank_of(update: Mapping[str, Factors]) -> int:
-    """Return the largest rank among an update's layers."""
-    return max((factors.rank for factors in update.values()), default=1)
 
 
 def make_frames(
@@ -156,7 +156,7 @@ def group_frames(
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for concept, (up, down) in factors.items():
         left, values, right = thin_svd(up, down.mT)
-        weighed = values / max(norms[concept], torch.finfo(WORK).tiny)
+        weighed = values / norms[concept] if norms[concept] else torch.zeros_like(values)
         sides[0].append(right * weighed[:, None])
         sides[1].append(left * weighed[:, None])
     extra_alpha, energy_alpha = new_directions(alpha, torch.cat(sides[0], dim=-1))
@@ -164,21 +164,23 @@ def group_frames(
     frames = {}
     for index, name in enumerate(names):
         keep_alpha, keep_beta = int((energy_alpha[index] > 0).sum()), int((energy_beta[index] > 0).sum())
-        frame = Frame(
+        new_alpha, new_beta = extra_alpha[index, :, :keep_alpha], extra_beta[index, :, :keep_beta]
+        axes_alpha, triangle_alpha = orthonormalised(torch.cat([layers[name].alpha.to(WORK), new_alpha], dim=1))
+        axes_beta, triangle_beta = orthonormalised(torch.cat([layers[name].beta.to(WORK), new_beta], dim=1))
+        frames[name] = Frame(
             basis=layers[name],
             fixed=fixed.get(name, (0, 0)),
-            alpha=extra_alpha[index, :, :keep_alpha],
-            beta=extra_beta[index, :, :keep_beta],
+            alpha=new_alpha,
+            beta=new_beta,
             candidates=Candidates(energy_alpha[index, :keep_alpha], energy_beta[index, :keep_beta], (shape[1], shape[0])),
-            cores={},
+            axes=Basis(axes_alpha, axes_beta),
+            triangles=(triangle_alpha, triangle_beta),
+            cores={
+                concept: (axes_beta.mT @ up[index]) @ (axes_alpha.mT @ down[index]).mT
+                for concept, (up, down) in factors.items()
+                if name in updates[concept]
+            },
         )
-        wide = frame.wide
-        cores = {
-            concept: (wide.beta.mT @ up[index]) @ (wide.alpha.mT @ down[index]).mT
-            for concept, (up, down) in factors.items()
-            if name in updates[concept]
-        }
-        frames[name] = Frame(frame.basis, frame.fixed, frame.alpha, frame.beta, frame.candidates, cores)
     return frames
 
 
@@ -233,7 +235,7 @@ def file_numbers(
     layers: Mapping[str, Basis],
     fixed: Mapping[str, tuple[int, int]],
     held: Mapping[str, Concept],
-    updates: Mapping[str, Mapping[str, Factors]],
+    ranks: Mapping[str, Mapping[str, int]],
 ) -> int:
     """Return how many numbers the file would hold at these widths: learned columns and every concept's coefficients.
 
@@ -243,7 +245,7 @@ def file_numbers(
     for name, (alpha, beta) in widths.items():
         derived = fixed.get(name, (0, 0))
         total += (alpha - derived[0]) * layers[name].alpha.shape[0] + (beta - derived[1]) * layers[name].beta.shape[0]
-        total += sum((alpha + beta) * update[name].rank for update in updates.values() if name in update)
+        total += sum((alpha + beta) * rank[name] for rank in ranks.values() if name in rank)
         for concept in held.values():
             if name in concept.coefficients:
                 entry = concept.coefficients[name]
@@ -289,7 +291,7 @@ def principal_axes(
     moment_alpha, moment_beta = torch.zeros(rank[0], rank[0], dtype=WORK), torch.zeros(rank[1], rank[1], dtype=WORK)
     cores = [(core, norms[concept]) for concept, core in frame.cores.items()]
     cores += [
-        (concept.coefficients[name].core(rank).to(WORK), concept.norm)
+        (in_axes(concept.coefficients[name], frame).core(), concept.norm)
         for concept in held.values()
         if name in concept.coefficients
     ]
@@ -302,11 +304,17 @@ def principal_axes(
     return alpha, beta, Candidates(energy_alpha, energy_beta, costs)
 
 
+def in_axes(entry: Coefficients, frame: Frame) -> Coefficients:
+    """Return a held concept's coefficients in the frame's axes."""
+    return rotate(entry, frame.triangles[0].mT, frame.triangles[1].mT)
+
+
 def axes_of(moment: Tensor, fixed: int) -> tuple[Tensor, Tensor]:
     """Return the rotation (k, k) that keeps the first `fixed` axes and sorts the rest by energy, and those energies."""
     values, vectors = torch.linalg.eigh(moment[fixed:, fixed:])
+    values = torch.where(values > RANK_TOLERANCE**2 * values.sum(), values, 0)
     rotation = torch.block_diag(torch.eye(fixed, dtype=WORK), vectors.flip(-1))
-    return rotation, values.flip(-1).clamp_min(0)
+    return rotation, values.flip(-1)
 
 
 def cut(frame: Frame, width: tuple[int, int], rotation: tuple[Tensor, Tensor] | None) -> Basis:
@@ -319,17 +327,24 @@ def cut(frame: Frame, width: tuple[int, int], rotation: tuple[Tensor, Tensor] | 
             alpha=torch.cat([frame.basis.alpha, frame.alpha[:, : extra[0]].to(frame.basis.alpha)], dim=1),
             beta=torch.cat([frame.basis.beta, frame.beta[:, : extra[1]].to(frame.basis.beta)], dim=1),
         )
-    wide = frame.wide
-    return Basis(alpha=(wide.alpha @ rotation[0]).to(frame.basis.alpha), beta=(wide.beta @ rotation[1]).to(frame.basis.beta))
+    turned = (
+        (frame.axes.alpha @ rotation[0]).to(frame.basis.alpha),
+        (frame.axes.beta @ rotation[1]).to(frame.basis.beta),
+    )
+    fixed = frame.fixed
+    return Basis(
+        alpha=torch.cat([frame.basis.alpha[:, : fixed[0]], turned[0][:, fixed[0] :]], dim=1),
+        beta=torch.cat([frame.basis.beta[:, : fixed[1]], turned[1][:, fixed[1] :]], dim=1),
+    )
 
 
-def re_express(concept: Concept, rotations: Mapping[str, tuple[Tensor, Tensor]], layers: Mapping[str, Basis]) -> Concept:
+def re_express(concept: Concept, frames: Mapping[str, Frame], rotations: Mapping[str, tuple[Tensor, Tensor]]) -> Concept:
     """Return a held concept in the new bases, its retention lowered by what the truncation may have cost it.
 
     Two losses at different times need not be orthogonal, so their norms add (triangle inequality): the stored retention
     is a lower bound of the true one.
     """
-    touched = {name: entry for name, entry in concept.coefficients.items() if name in rotations}
+    touched = {name: in_axes(entry, frames[name]) for name, entry in concept.coefficients.items() if name in rotations}
     if not touched:
         return concept
     moved = {name: rotate(entry, *rotations[name]) for name, entry in touched.items()}
@@ -356,10 +371,12 @@ def express(
     widths: Widths,
     rotations: Mapping[str, tuple[Tensor, Tensor]],
     norm: float,
-    pseudo_rank: int,
+    ranks: Mapping[str, int],
 ) -> tuple[dict[str, Coefficients], float]:
     """Return a new concept's coefficients in the final bases and the share of its energy that they hold."""
     coefficients: dict[str, Coefficients] = {}
+    if not norm:
+        return coefficients, 1.0
     total = 0.0
     for name, frame in frames.items():
         if concept not in frame.cores:
@@ -368,8 +385,21 @@ def express(
         if name in rotations:
             core = rotations[name][1].mT @ core @ rotations[name][0]
         core = core[: widths[name][1], : widths[name][0]]
-        entry = factor_core(core, min(pseudo_rank, *core.shape))
+        entry = factor_core(core, min(ranks[name], *core.shape))
+        present = int((entry.alpha.square().sum(0) > RANK_TOLERANCE * norm).sum())
+        entry = Coefficients(entry.alpha[:, :present], entry.beta[:, :present])
         total += float(squared(entry))
-        if entry.pseudo_rank:
+        if name not in rotations:
+            entry = in_frame(entry, frame)
+        if present:
             coefficients[name] = Coefficients(entry.alpha.float(), entry.beta.float())
-    return coefficients, min(1.0, total / norm**2) if norm else 1.0
+    return coefficients, min(1.0, total / norm**2)
+
+
+def in_frame(entry: Coefficients, frame: Frame) -> Coefficients:
+    """Return coefficients in the leading axes as coefficients in the leading columns of [basis, E]."""
+    alpha, beta = (
+        torch.linalg.solve_triangular(triangle[: len(side), : len(side)], side, upper=True)
+        for triangle, side in zip(frame.triangles, (entry.alpha, entry.beta), strict=True)
+    )
+    return Coefficients(alpha, beta)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from share_diffusion.basis import Basis, Coefficients, random_basis, reconstruct, weight_basis
 from share_diffusion.capacity import Capacity
-from share_diffusion.concept import Concept
+from share_diffusion.concept import Concept, check_name
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.merge import Merged, merge_updates, squared
 
 ORIGINS = ("adapters", "random", "weights")
+INCOMPLETE = "this subspace was loaded without its base's weights, only to be looked at; load it with them"
 Weights = Mapping[str, Tensor]  # layer -> the base's own weight, (out, in) or (out, in, kh, kw)
 
 
@@ -55,7 +57,12 @@ class Origin:
         if self.kind == "weights":
             if weights is None or layer not in weights:
                 raise ValueError(f"the basis of {layer} comes from the base's weights; load the file together with its base")
-            basis = weight_basis(weights[layer].flatten(1), rank)
+            weight = weights[layer].flatten(1)
+            if tuple(weight.shape) != tuple(shape):
+                raise ValueError(
+                    f"the base's weight of {layer} is {tuple(weight.shape)}, not {tuple(shape)}; it is another base"
+                )
+            basis = weight_basis(weight, rank)
             return Basis(basis.alpha.float(), basis.beta.float())
         return Basis(
             alpha=random_basis(shape[1], rank, layer_seed(self.seed, layer, "alpha")).float(),
@@ -141,31 +148,47 @@ class Subspace:
         Earlier concepts stay the same bits unless a cap or budget forces a truncation (see `merge.py`).
         Raises ValueError where a name is taken, a value is not finite or a shape does not fit, all problems at once.
         """
-        refuse(self.merge_problems(loras))
+        refuse(self.merge_problems(loras, capacity or Capacity(), pseudo_rank))
+        loras = {normal(name): lora for name, lora in loras.items()}
+        about = {normal(name): facts for name, facts in (about or {}).items()}
         entries = {layer: entry for lora in loras.values() for layer, entry in lora.layers.items()}
         grown = self.cover({layer: (entry.shape, entry.kernel) for layer, entry in entries.items()}, weights)
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
         merged = merge_updates(grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank)
-        return replace(grown, layers=merged.layers, concepts=grown.join(merged, norms, about or {}))
+        return replace(grown, layers=merged.layers, concepts=grown.join(merged, norms, about))
 
-    def merge_problems(self, loras: Mapping[str, LoRA]) -> list[str]:
+    def merge_problems(self, loras: Mapping[str, LoRA], capacity: Capacity, pseudo_rank: int | None) -> list[str]:
         """Return everything that forbids a merge."""
         problems = [] if loras else ["there is no LoRA to merge; give at least one"]
+        problems += [INCOMPLETE] * (not self.complete)
+        if pseudo_rank is not None and pseudo_rank < 1:
+            problems.append(f"pseudo_rank is {pseudo_rank}; at least 1 is needed")
+        if capacity.rank is not None and capacity.rank < self.origin.rank:
+            problems.append(f"basis_rank is {capacity.rank}, below the {self.origin.rank} derived columns; raise it")
         taken = {name.casefold(): name for name in self.concepts}
+        shapes = {layer: (basis.beta.shape[0], basis.alpha.shape[0]) for layer, basis in self.layers.items()}
+        kernels = {layer: self.kernels.get(layer) for layer in self.layers}
         for name, lora in loras.items():
-            if name.casefold() in taken:
-                problems.append(
-                    f"concept {name!r} is already there as {taken[name.casefold()]!r}; drop it first or choose another name"
-                )
+            try:
+                folded = check_name(name).casefold()
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if folded in taken:
+                problems.append(f"concept {name!r} is already there as {taken[folded]!r}; drop it first or choose another name")
+            taken[folded] = name
             for layer, factors in lora.layers.items():
                 if not (torch.isfinite(factors.up).all() and torch.isfinite(factors.down).all()):
                     problems.append(f"concept {name!r}: {layer} holds NaN or infinite values; train it again or leave it out")
-                held = self.layers.get(layer)
-                if held is not None and factors.shape != (held.beta.shape[0], held.alpha.shape[0]):
-                    expected = (held.beta.shape[0], held.alpha.shape[0])
+                expected, kernel = shapes.setdefault(layer, factors.shape), kernels.setdefault(layer, factors.kernel)
+                if factors.shape != expected:
                     problems.append(
                         f"concept {name!r}: {layer} is {factors.shape}, the subspace has {expected}; is it for another base?"
+                    )
+                elif factors.kernel != kernel:
+                    problems.append(
+                        f"concept {name!r}: {layer} has kernel {factors.kernel}, the subspace {kernel}; is it for another base?"
                     )
         return problems
 
@@ -199,8 +222,8 @@ class Subspace:
 
     def drop(self, name: str) -> Subspace:
         """Return the subspace without a concept; learned columns that no other concept uses go with it."""
-        self[name]
-        concepts = {key: concept for key, concept in self.concepts.items() if key != name}
+        gone = self[name].name
+        concepts = {key: concept for key, concept in self.concepts.items() if key != gone}
         used = {layer: self.used_columns(layer, concepts) for layer in self.layers}
         layers = {
             layer: Basis(basis.alpha[:, : used[layer][0]], basis.beta[:, : used[layer][1]])
@@ -219,6 +242,7 @@ class Subspace:
 
     def __getitem__(self, name: str) -> Concept:
         """Return a concept; an unknown name is a ValueError that lists the known ones."""
+        name = normal(name)
         if name not in self.concepts:
             known = ", ".join(self.concepts) or "none yet"
             raise ValueError(f"unknown concept {name!r}; the subspace holds: {known}")
@@ -242,6 +266,7 @@ class Subspace:
 
     def lora(self, name: str) -> LoRA:
         """Return a concept as an ordinary LoRA: up = beta @ eps_beta, down = (alpha @ eps_alpha).T."""
+        refuse([INCOMPLETE] * (not self.complete))
         layers = {}
         for layer, entry in self[name].coefficients.items():
             up, down = reconstruct(self.layers[layer], entry)
@@ -252,7 +277,8 @@ class Subspace:
         """Return the core sum_i w_i C_i of every layer that a concept of non-zero weight changes, (k', k)."""
         cores: dict[str, Tensor] = {}
         for name, weight in weights.items():
-            for layer, entry in self[name].coefficients.items() if weight else ():
+            coefficients = self[name].coefficients
+            for layer, entry in coefficients.items() if weight else ():
                 core = weight * entry.core(self.layers[layer].rank)
                 cores[layer] = cores[layer] + core if layer in cores else core
         return cores
@@ -264,8 +290,9 @@ class Subspace:
         for layer, basis in self.layers.items():
             cores = [entry.coefficients[layer].core(basis.rank) if layer in entry.coefficients else None for entry in concepts]
             empty = torch.zeros(basis.rank[1], basis.rank[0])
-            rows = torch.stack([(empty if core is None else core).flatten().double() for core in cores]) if cores else empty
-            products += rows @ rows.T
+            if cores:
+                rows = torch.stack([(empty if core is None else core).flatten().double() for core in cores])
+                products += rows @ rows.T
         norms = products.diagonal().sqrt().clamp_min(1e-30)
         return products / norms[:, None] / norms[None]
 
@@ -284,6 +311,11 @@ class Subspace:
         from share_diffusion.file import save
 
         return save(self, path, replace=replace)
+
+
+def normal(name: str) -> str:
+    """Return a name in the one spelling of its accents that concepts are stored under."""
+    return unicodedata.normalize("NFC", name)
 
 
 def refuse(problems: list[str]) -> None:

@@ -45,8 +45,10 @@ class Factors:
     def energy(self) -> float:
         """||dW||_F^2 = tr((up^T up)(down down^T)) in float64, without ever forming the (out, in) matrix."""
         up, down = self.up.detach().double(), self.down.detach().double()
-        # Rounding can push the trace of a cancelling pair just below zero.
-        return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
+        left, right = up.T @ up, down @ down.T
+        total = float((left * right).sum())
+        # What is left of factors that cancel, below the rounding of their own entries in float32, is nothing.
+        return total if total > 1e-14 * float(left.trace() * right.trace()) else 0.0
 
     def dense(self) -> Tensor:
         """dW itself: (out, in), or (out, in_channels, kh, kw) for a Conv2d; meant for small layers."""

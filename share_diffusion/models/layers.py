@@ -67,7 +67,7 @@ def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True)
         for path, module in layers(pipeline).items()
         if pattern.search(path)
         and (text_encoder or not path.startswith("text_encoder"))
-        and (targets not in PRESETS or isinstance(module, (nn.Linear, ShareLayer)))
+        and (targets not in PRESETS or isinstance(getattr(module, "base", module), nn.Linear))
     }
     if not chosen:
         examples = ", ".join(list(layers(pipeline))[:3])
