@@ -16,14 +16,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from share_diffusion.attach import attach as attach
+    from share_diffusion.attached import attach as attach
     from share_diffusion.base import load_base as load_base
     from share_diffusion.basis import Basis as Basis
     from share_diffusion.basis import Coefficients as Coefficients
     from share_diffusion.blend import Blend as Blend
     from share_diffusion.capacity import Capacity as Capacity
-    from share_diffusion.generate import Sampling as Sampling
-    from share_diffusion.generate import generate as generate
+    from share_diffusion.drawing import Sampling as Sampling
+    from share_diffusion.drawing import generate as generate
     from share_diffusion.lora import Factors as Factors
     from share_diffusion.lora import LoRA as LoRA
     from share_diffusion.subspace import Subspace as Subspace
@@ -37,10 +37,10 @@ _HOMES = {
     "Coefficients": "basis",
     "Factors": "lora",
     "LoRA": "lora",
-    "Sampling": "generate",
+    "Sampling": "drawing",
     "Subspace": "subspace",
-    "attach": "attach",
-    "generate": "generate",
+    "attach": "attached",
+    "generate": "drawing",
     "load_base": "base",
 }
 __all__ = sorted(_HOMES)
@@ -49,9 +49,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'share_diffusion' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"share_diffusion.{_HOMES[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name, which the import has just put there
-    return value
+    return getattr(importlib.import_module(f"share_diffusion.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

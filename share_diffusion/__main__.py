@@ -66,11 +66,11 @@ def show(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Draw pictures and write them with their settings inside."""
-    from share_diffusion.attach import attach
+    from share_diffusion.attached import attach
     from share_diffusion.base import load_base
     from share_diffusion.blend import Blend
-    from share_diffusion.generate import Sampling, png_info, save_png
-    from share_diffusion.generate import generate as draw
+    from share_diffusion.drawing import Sampling, png_info, save_png
+    from share_diffusion.drawing import generate as draw
     from share_diffusion.models.identity import weights_of
     from share_diffusion.subspace import Subspace
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from share_diffusion.attach import Attached
+from share_diffusion.attached import Attached
 from share_diffusion.basis import WORK, Basis, Coefficients, outside, pad_rows, principal_directions
 from share_diffusion.layer import Update
 from share_diffusion.lora import Factors, LoRA

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from share_diffusion.adapt import Learner
-from share_diffusion.attach import Attached
+from share_diffusion.attached import Attached
 from share_diffusion.data import Dataset
 from share_diffusion.models import stable_diffusion as family
 from share_diffusion.objective import Draw, target

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from share_diffusion.attach import attach
-from share_diffusion.generate import generate
+from share_diffusion.attached import attach
+from share_diffusion.drawing import generate
 from share_diffusion.recipe import Recipe
 from share_diffusion.sheet import Row, contact_sheet
 from share_diffusion.subspace import Subspace

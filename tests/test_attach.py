@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from share_diffusion.attach import attach
+from share_diffusion.attached import attach
 from share_diffusion.capacity import Capacity
 from share_diffusion.layer import ShareConv, ShareLayer, ShareLinear, Update, wrap
 from share_diffusion.lora import Factors, LoRA

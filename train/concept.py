@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from share_diffusion import storage
 from share_diffusion.adapt import MODES, Adaptation, Learner, gradient_directions, make_learner
-from share_diffusion.attach import Attached
+from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
 from share_diffusion.basis import Basis
 from share_diffusion.capacity import Capacity, parse_bytes
 from share_diffusion.checkpoint import find_state, save_state
 from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.describe import describe
-from share_diffusion.generate import save_png
+from share_diffusion.drawing import save_png
 from share_diffusion.interruption import Interruption
 from share_diffusion.learning import (
     Denoiser,

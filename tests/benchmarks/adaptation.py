@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
-from share_diffusion.attach import Attached, attach
+from share_diffusion.attached import Attached, attach
 from share_diffusion.base import load_base
 from share_diffusion.capacity import Capacity
 from share_diffusion.data import read_dataset

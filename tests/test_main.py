@@ -1,0 +1,127 @@
+"""Facts about the command line: stable JSON, reproducible pictures with their settings inside, one message for bad input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from share_diffusion.__main__ import main
+from share_diffusion.base import load_base
+from share_diffusion.drawing import read_settings
+from share_diffusion.lora import Factors, LoRA
+from share_diffusion.models.identity import identify
+from share_diffusion.models.layers import select, shape_of
+from share_diffusion.subspace import Subspace
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A subspace of two random concepts on the embedded base, of which one is a subject."""
+    pipeline, generator = load_base("tiny"), torch.Generator().manual_seed(0)
+
+    def lora():
+        layers = {}
+        for path, module in select(pipeline).items():
+            out, width = shape_of(module)[0]
+            up, down = torch.randn(out, 3, generator=generator), torch.randn(3, width, generator=generator)
+            layers[path] = Factors(up * 0.05, down * 0.05)
+        return LoRA(layers)
+
+    about = {"robot": {"kind": "subject", "trigger": "robot"}}
+    subspace = Subspace(base=identify(pipeline, "tiny")).merge({"watercolor": lora(), "robot": lora()}, about=about)
+    path = tmp_path_factory.mktemp("file") / "two.safetensors"
+    subspace.save(path)
+    return path
+
+
+def test_show_json_has_the_stable_keys(file, capsys):
+    assert main(["show", str(file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"format_version", "base", "basis_version", "layers", "basis_rank", "bytes", "concepts"} <= set(facts)
+    assert set(facts["basis_rank"]) == {"min", "max", "mean"}
+    assert {"basis", "per_concept_mean", "total", "as_separate_loras", "break_even_concepts"} == set(facts["bytes"])
+    keys = {"name", "kind", "trigger", "pseudo_rank", "retention", "bytes"}
+    assert all(keys <= set(concept) for concept in facts["concepts"])
+    assert facts["bytes"]["total"] == file.stat().st_size
+    numbers = sum(concept["bytes"] for concept in facts["concepts"]) + facts["bytes"]["basis"]
+    assert numbers < facts["bytes"]["total"] < numbers + 60_000
+
+
+def test_show_prints_a_page(file, capsys):
+    assert main(["show", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "shared basis" in said
+    assert "overlap" in said
+    assert "robot       subject" in said
+
+
+def test_generate_is_reproducible_and_its_png_tells_how(file, tmp_path, capsys):
+    words = ["generate", "--subspace", str(file), "--prompt", "a red house", "--steps", "2", "--seed", "5", "--device", "cpu"]
+    blend = ["--blend", "watercolor:0.8 + robot:-0.5"]
+    assert main([*words, *blend, "--output", str(tmp_path / "one.png")]) == 0
+    assert main([*words, *blend, "--output", str(tmp_path / "two.png")]) == 0
+    assert main([*words, "--output", str(tmp_path / "base.png")]) == 0
+    assert main(["generate", *words[3:], "--output", str(tmp_path / "without.png")]) == 0
+    pixels = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in ("one", "two", "base", "without")}
+    assert pixels["one"] == pixels["two"] != pixels["base"]
+    assert pixels["base"] == pixels["without"]
+    settings = read_settings(tmp_path / "one.png")
+    assert settings["prompt"] == "a red house"
+    assert settings["blend"] == "watercolor:0.8 + robot:-0.5"
+    assert (settings["seed"], settings["steps"], settings["base"]) == (5, 2, "tiny")
+    assert "parameters" in Image.open(tmp_path / "one.png").text
+
+
+def test_several_pictures_are_numbered(file, tmp_path, capsys):
+    words = ["generate", "--prompt", "a cat", "--steps", "1", "--count", "2", "--device", "cpu"]
+    assert main([*words, "--output", str(tmp_path / "new folder" / "x.png")]) == 0
+    assert sorted(path.name for path in (tmp_path / "new folder").iterdir()) == ["x-000.png", "x-001.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--blend", "watercolour"], "holds: watercolor, robot"),
+        (["--blend", "watercolor:x"], "'x' of 'watercolor' is not a number"),
+        (["--output", "x.jpg"], "must end in .png"),
+        (["--width", "70"], "width is 70"),
+        (["--steps", "0"], "steps is 0"),
+        (["--count", "0"], "count is 0"),
+    ],
+)
+def test_bad_requests_are_one_message_and_no_file(file, tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--subspace", str(file), "--prompt", "x", *words]) == 1
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_or_foreign_file_is_one_message(tmp_path, capsys):
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    for name in ("nothing.safetensors", "other.safetensors"):
+        for command in ("show", "verify"):
+            assert main([command, str(tmp_path / name)]) == 1
+            assert name in capsys.readouterr().err
+
+
+def test_drop_keeps_the_others_and_a_backup(file, tmp_path, capsys):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(file.read_bytes())
+    before = Subspace.load(copy)
+    assert main(["drop", str(copy), "nobody"]) == 1
+    assert "holds: watercolor, robot" in capsys.readouterr().err
+    assert main(["drop", str(copy), "robot"]) == 0
+    after = Subspace.load(copy)
+    assert list(after.concepts) == ["watercolor"]
+    layer, entry = next(iter(after["watercolor"].coefficients.items()))
+    assert torch.equal(entry.beta, before["watercolor"].coefficients[layer].beta)
+    assert list(Subspace.load(copy.with_name(copy.name + ".bak")).concepts) == ["watercolor", "robot"]
+    assert main(["verify", str(copy)]) == 0
+
+
+def test_doctor_names_what_is_there(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in said
+    assert "base tiny      present" in said
