@@ -183,12 +183,19 @@ def layer_paths(
 
 
 def gradient_directions(
-    attached: Attached, bases: Mapping[str, Basis], rank: int, losses: Callable[[int], Tensor], batches: int, seed: int
+    attached: Attached,
+    bases: Mapping[str, Basis],
+    rank: int,
+    losses: Callable[[int], Tensor],
+    batches: int,
+    seed: int,
+    average: Callable[[Tensor], Tensor] = lambda sketch: sketch,
 ) -> dict[str, Basis]:
     """Return, per layer, the `rank` strongest directions of dL/dW0 that the shared bases do not span.
 
     `losses(i)` computes the loss of batch i through the attached layers. The gradient G (out, in) is never formed: a
     zero factor beside a fixed random one has G @ omega, or G.T @ psi, as its own gradient, a sketch of G's range.
+    `average` is applied to every sketch, for processes that each see a part of the batch.
     """
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[str, tuple[Tensor, Tensor]] = {}
@@ -205,13 +212,17 @@ def gradient_directions(
     for index in range(batches):
         losses(index).backward()
     attached.set({})
-    return {name: new_basis(bases.get(name), down.grad, up.grad, rank) for name, (down, up) in sketches.items()}
+    grads = {name: (average(gradient_of(down)), average(gradient_of(up))) for name, (down, up) in sketches.items()}
+    return {name: new_basis(bases.get(name), *pair, rank) for name, pair in grads.items()}
 
 
-def new_basis(basis: Basis | None, alpha: Tensor | None, beta: Tensor | None, rank: int) -> Basis:
+def gradient_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's gradient, zero where the loss does not depend on it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def new_basis(basis: Basis | None, alpha: Tensor, beta: Tensor, rank: int) -> Basis:
     """Return the strongest `rank` directions of two sketches outside a basis, as an orthonormal basis of their own."""
-    assert alpha is not None
-    assert beta is not None
     sides = []
     for sketch, held in ((alpha, basis.alpha if basis else None), (beta, basis.beta if basis else None)):
         vectors = sketch.detach().cpu().to(WORK)

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import concept
 import pytest
@@ -150,7 +153,7 @@ def test_bad_input_is_one_message(workplace, capsys, words, expected):
     said = capsys.readouterr().err
     assert expected in said
     assert "Traceback" not in said
-    assert not file_of(workplace).exists()
+    assert not (workplace / "outputs").exists()
 
 
 def test_an_unknown_flag_names_the_nearest(workplace, capsys):
@@ -192,3 +195,25 @@ def test_a_sequence_goes_on_where_it_stopped(workplace, capsys):
     said = capsys.readouterr().out
     assert "watercolor: already in" in said
     assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor", "robot"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(workplace, capsys):
+    (workplace / "taken").write_text("a file")
+    assert run("--concept", "robot", "--output_dir", "taken/inside") == 1
+    said = capsys.readouterr().err
+    assert "cannot write to" in said
+    assert "taken" in said
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_the_doubled_batch(workplace):
+    """The same pictures, times and noise in two halves: the coefficients agree to rounding."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = str(Path(concept.__file__))
+    for name, processes, batch in (("one", "1", "4"), ("two", "2", "2")):
+        words = ["--concept", "robot", *QUICK, "--subspace", f"{name}.safetensors", "--output_dir", name]
+        command = [*launch, "--nproc_per_node", processes, script, *words, "--train_batch_size", batch]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    loras = [Subspace.load(workplace / f"{name}.safetensors").lora("robot") for name in ("one", "two")]
+    gap = sum(float((loras[0].layers[p].dense() - loras[1].layers[p].dense()).square().sum()) for p in loras[0].layers)
+    assert gap**0.5 < 0.02 * loras[0].norm

@@ -12,6 +12,7 @@ The file changes in one step at the end; whatever happens before leaves every ea
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -56,6 +57,7 @@ from share_diffusion.subspace import Origin, Subspace
 from share_diffusion.world.render import render_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -161,6 +163,8 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     held = list(subspace.concepts)
     accelerator.print(plan(recipe, dataset, pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file))
     attached.detach()
+    for place in (folder, file.parent):
+        place.mkdir(parents=True, exist_ok=True)
     shown = settings.sheet and accelerator.is_main_process
     untouched = draw_base(pipeline, recipe) if shown else []
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
@@ -168,11 +172,14 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     with Attached(pipeline, sorted(modules)) as attached:
         losses = train(settings, accelerator, pipeline, learner, attached, materials, dataset, subspace.basis_version, folder)
     if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
         return {}
-    merged, retention = merge(settings, capacity, pipeline, subspace, recipe, learner, file, modules)
-    if settings.finetune_steps:
-        merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
-    merged = merged.save(file)
+    with storage.locked(file, timeout=LOCK_SECONDS):
+        merged, retention = merge(settings, capacity, pipeline, subspace, recipe, learner, file, modules)
+        if settings.finetune_steps:
+            merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
+        merged = merged.save(file)
+    accelerator.wait_for_everyone()
     if shown:
         after = draw_concepts(pipeline, merged, "pictures after")
         save_png(make_sheet(recipe, base_name(base), untouched, before, after), folder / "sheet.png")
@@ -218,19 +225,13 @@ def subspace_file(settings: ConceptSettings) -> Path:
 
 
 def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
-    """Return the concept's output folder and the subspace file, both checked for writing before any work is done."""
+    """Return the concept's output folder and the subspace file; whether they can be written is seen before any work."""
     file = subspace_file(settings)
     folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
-    try:
-        for place in (folder, file.parent):
-            place.mkdir(parents=True, exist_ok=True)
-            probe = place / ".write-probe"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {error.filename}: {error.strerror}; choose another --output_dir or --subspace"
-        ) from None
+    for place in (folder, file.parent):
+        present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write to {present}, where {place} would be; choose another --output_dir or --subspace")
     return folder, file
 
 
@@ -319,7 +320,9 @@ def start_learner(
     started = time.perf_counter()
     wanted = adaptation.looks_at_gradient and not (first and settings.adaptation == "hybrid")
     batches = settings.gradient_batches if wanted else 1
-    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, batches, settings.seed)
+    directions: dict[str, Basis] = gradient_directions(
+        attached, bases, rank, loss, batches, settings.seed, average=lambda sketch: accelerator.reduce(sketch, "mean")
+    )
     seconds = (time.perf_counter() - started) / batches
     learner = make_learner(modules, bases, adaptation, directions if wanted else {}, settings.seed)
     return learner.to(accelerator.device), seconds
