@@ -317,12 +317,14 @@ def start_learner(
         with accelerator.autocast():
             return denoising_loss(frozen, pipeline, materials, drawn, accelerator.device).mean()
 
+    def average(sketch: torch.Tensor) -> torch.Tensor:
+        over_processes: Any = accelerator.reduce(sketch, "mean")
+        return over_processes
+
     started = time.perf_counter()
     wanted = adaptation.looks_at_gradient and not (first and settings.adaptation == "hybrid")
     batches = settings.gradient_batches if wanted else 1
-    directions: dict[str, Basis] = gradient_directions(
-        attached, bases, rank, loss, batches, settings.seed, average=lambda sketch: accelerator.reduce(sketch, "mean")
-    )
+    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, batches, settings.seed, average)
     seconds = (time.perf_counter() - started) / batches
     learner = make_learner(modules, bases, adaptation, directions if wanted else {}, settings.seed)
     return learner.to(accelerator.device), seconds
