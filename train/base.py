@@ -396,10 +396,14 @@ def read_log(path: Path) -> Iterator[dict]:
 
 
 def trained_parts(work: Path, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Return text encoder and denoiser as their last checkpoint's moving average has them."""
-    state = torch.load(work / "denoiser.pt", weights_only=True)["average"]
+    """Return text encoder and denoiser as their last checkpoint has them.
+
+    Their last weights and not the moving average: the rate has decayed to almost nothing by then, while the average still
+    remembers a thousand steps (at step 4,500, subjects right in 64 unseen prompts: 92 % against 83 %).
+    """
+    state = torch.load(work / "denoiser.pt", weights_only=True)["modules"]
     modules = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": make_denoiser()})
-    modules.load_state_dict({key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"})
+    modules.load_state_dict(state)
     return modules["text_encoder"], modules["unet"]  # type: ignore[return-value]
 
 

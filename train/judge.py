@@ -3,12 +3,13 @@
     python train/judge.py --vae runs/base/vae      # draw, train, measure: about half an hour on one CPU core
     python train/judge.py --gates                  # what the finished base draws in unseen combinations
 
-Every stage resumes where it was left: decoded pictures are kept in shards under --work_dir, the weights in a
-checkpoint, and randomness is a pure function of (seed, step).
+Every stage resumes where it was left: decoded pictures are kept in shards under --work_dir (remove them after changing
+how they are drawn), the weights in a checkpoint, and randomness is a pure function of (seed, step).
 
 What is unusual: factors are independent, the combinations held out of the base's training among them, so that the judge
 cannot guess one factor from another; pictures that show nothing, no subject, two subjects in one or two styles at once
-are answered "unknown"; and half of the pictures are decoded from slightly wrong latents, as generated ones are.
+are answered "unknown"; and half of the pictures are decoded from wrong latents (smoothed, exaggerated, noisy) and all
+are bent and recoloured a little, because generated pictures are imperfect in these ways.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class JudgeSettings:
     vae: str = flag("share_diffusion/assets/tiny/vae", "folder of the autoencoder that pictures go through")
     output: str = flag("share_diffusion/assets/judge.safetensors", "where the weights go; the report lies beside it")
     work_dir: str = flag("runs/judge", "where pictures, checkpoint and the gate's results go")
-    pictures: int = flag(20000, "pictures to learn from")
+    pictures: int = flag(24000, "pictures to learn from")
     held_out: int = flag(4000, "pictures to measure on")
     steps: int = flag(5000, "optimizer steps, 64 pictures each")
     checkpointing_steps: int = flag(500, "optimizer steps between two checkpoints")
@@ -181,6 +182,7 @@ def draw_nothing(generator: np.random.Generator) -> Example:
     ground = generator.integers(0, 256, 3)
     if kind == 0:
         ramp = np.linspace(0, 1, SIDE)[:, None, None] * generator.integers(0, 2)
+        ground = ground if generator.random() < 0.6 else np.full(3, generator.choice((0, ground[0], 255)))
         picture = np.broadcast_to(ground * (1 - ramp) + generator.integers(0, 256, 3) * ramp, (SIDE, SIDE, 3))
         return Example(picture.round().astype(np.uint8), NOTHING)
     if kind == 1:
@@ -206,7 +208,7 @@ def draw_nothing(generator: np.random.Generator) -> Example:
 def draw_to_learn(generator: np.random.Generator) -> Example:
     """Draw one picture of the training mixture."""
     kinds = (draw_scene, draw_between_styles, draw_without_subject, draw_without_place, draw_nothing)
-    return kinds[generator.choice(5, p=(0.76, 0.08, 0.06, 0.03, 0.07))](generator)
+    return kinds[generator.choice(5, p=(0.75, 0.08, 0.06, 0.03, 0.08))](generator)
 
 
 def draw_held_out(generator: np.random.Generator) -> dict[str, Example]:
@@ -230,11 +232,28 @@ def encode_labels(labels: Labels) -> list[int]:
     return [known.index(labels[head]) if head in labels else UNDEFINED for head, known in HEADS.items()]
 
 
+def perturbed(latents: Tensor, spread: float, generator: torch.Generator) -> Tensor:
+    """Return latents (n, channels, 16, 16) as a denoiser may leave them: half of them smoothed, exaggerated and noisy."""
+    share = torch.rand(5, len(latents), 1, 1, 1, generator=generator)
+    smooth = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    wrong = latents + (smooth - latents) * 0.5 * share[0] ** 2
+    centre = wrong.mean(dim=(2, 3), keepdim=True)
+    wrong = centre + (wrong - centre) * (0.9 + 0.4 * share[1])
+    fine, other = torch.randn(2, *latents.shape, generator=generator) * spread
+    wrong = wrong + fine * 0.12 * share[2] + coarsened(other) * 0.2 * share[3]
+    return torch.where(share[4] < 0.5, wrong, latents)
+
+
+def coarsened(noise: Tensor) -> Tensor:
+    """Return noise (n, channels, 16, 16) of the same strength that changes slowly from place to place."""
+    return F.interpolate(F.avg_pool2d(noise, 4) * 4, scale_factor=4, mode="bilinear")
+
+
 @torch.no_grad()
 def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Generator | None) -> np.ndarray:
     """Return what the autoencoder makes of the pictures, (n, 64, 64, 3) uint8.
 
-    With a generator, half of the latents get a little noise and missing pictures start from random ones.
+    With a generator, latents are perturbed, and missing pictures start from random ones.
     """
     spread = 1 / vae.config["scaling_factor"]
     decoded = []
@@ -244,13 +263,13 @@ def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Genera
         batch = np.stack([blank if example.picture is None else example.picture for example in part])
         with torch.autocast("cpu", torch.bfloat16):
             encoded: Any = vae.encode(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1)
-            latents = encoded.latent_dist.mean.float()
+        latents = encoded.latent_dist.mean.float()
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator) * spread
-            amount = (torch.rand(len(part), 1, 1, 1, generator=generator) - 0.5).clamp(min=0) * 0.3
-            coarse = F.interpolate(F.avg_pool2d(noise, 4) * 4, scale_factor=4, mode="bilinear")
+            kind = torch.rand(len(part), 1, 1, 1, generator=generator)
             missing = torch.tensor([example.picture is None for example in part]).view(-1, 1, 1, 1)
-            latents = torch.where(missing, torch.where(amount > 0, coarse, noise), latents + amount * noise)
+            latents = perturbed(latents, spread, generator)
+            latents = torch.where(missing, torch.where(kind < 0.5, coarsened(noise), noise), latents)
         with torch.autocast("cpu", torch.bfloat16):
             pictures = vae.decode(latents).sample.float()  # type: ignore[union-attr]
         decoded.append(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
@@ -317,17 +336,22 @@ def held_out_sets(vae: AutoencoderKL, folder: Path, settings: JudgeSettings) -> 
 
 
 def augment(pictures: np.ndarray, generator: torch.Generator) -> Tensor:
-    """Return the batch (n, 3, 64, 64) in [-1, 1], each picture a little moved, lighter or darker, softer or noisier."""
+    """Return the batch (n, 3, 64, 64) in [-1, 1], each picture a little bent, blurred, recoloured and noisy."""
     count = len(pictures)
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    padded = F.pad(batch, (2, 2, 2, 2), mode="replicate")
-    moves = torch.randint(0, 5, (count, 2), generator=generator).tolist()
-    moved = torch.stack([padded[i, :, y : y + SIDE, x : x + SIDE] for i, (y, x) in enumerate(moves)])
-    share = torch.rand(4, count, 1, 1, 1, generator=generator)
+    share = torch.rand(6, count, 1, 1, 1, generator=generator)
+    bend = torch.randn(count, 2, 5, 5, generator=generator) * 1.2 * share[0]
+    shift = bend + torch.rand(count, 2, 1, 1, generator=generator) * 4 - 2
+    offsets = F.interpolate(shift, SIDE, mode="bilinear", align_corners=True).permute(0, 2, 3, 1) * 2 / SIDE
+    grid = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 3, SIDE, SIDE], align_corners=False)
+    moved = F.grid_sample(batch, grid + offsets, padding_mode="border", align_corners=False)
     soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    moved = moved + (soft - moved) * (share[0] - 0.4).clamp(min=0)
-    lit = (moved + 1) * (0.95 + 0.1 * share[1]) - 1 + 0.1 * (share[2] - 0.5)
-    noise = torch.randn(lit.shape, generator=generator) * (share[3] - 0.5).clamp(min=0) * 0.12
+    moved = moved + (soft - moved) * (1.2 * share[1] - 0.6)  # sharpened, too
+    grey = moved.mean(dim=1, keepdim=True)
+    moved = grey + (moved - grey) * (0.8 + 0.5 * share[2])
+    tint = 1 + 0.06 * torch.randn(count, 3, 1, 1, generator=generator)
+    lit = (moved * (0.85 + 0.35 * share[3]) + 1) * tint - 1 + 0.16 * (share[4] - 0.5)
+    noise = torch.randn(lit.shape, generator=generator) * (share[5] - 0.5).clamp(min=0) * 0.12
     return (lit + noise).clamp(-1, 1)
 
 
