@@ -174,7 +174,7 @@ def test_ten_thousand_tensors_list_quickly_and_without_their_body(tmp_path: Path
     write(path, tensors, {"k": 1}, expected_generation=None)
     start = time.perf_counter()
     header = read_header(path)
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 3  # 0.05 to 0.13 s measured; the rest is for a busy machine
     assert len(header.tensors) == 10_000
     with open(path, "r+b") as file:
         file.seek(header.body_start)
