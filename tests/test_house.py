@@ -47,7 +47,7 @@ def test_accelerate_and_gradio_stay_in_their_rooms():
 
 def test_the_library_prints_only_from_the_command_line():
     for path in LIBRARY.rglob("*.py"):
-        if path.name == "__main__.py":
+        if path.name == "__main__.py" or path.parent.name == "commands":
             continue
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path

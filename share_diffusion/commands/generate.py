@@ -1,0 +1,93 @@
+"""Draw a blend of concepts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "draw a blend of concepts"
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("--subspace", type=Path, help="the subspace file; without it the untouched base is drawn")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative_prompt", default="")
+    parser.add_argument("--blend", default="", help="e.g. 'watercolor:0.8 + robot:0.5'; empty is the untouched base")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="pictures, at seeds SEED, SEED + 1, ...")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the base's)")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the base's)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--output", type=Path, default=Path("share.png"), help="a .png; more pictures are numbered")
+    parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
+    parser.add_argument("--local_files_only", action="store_true")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw pictures and write them with their settings inside."""
+    from share_diffusion.attached import attach
+    from share_diffusion.base import load_base
+    from share_diffusion.blend import Blend
+    from share_diffusion.drawing import Sampling, png_info, save_png
+    from share_diffusion.drawing import generate as draw
+    from share_diffusion.models.identity import weights_of
+    from share_diffusion.subspace import Subspace
+
+    blend = Blend.parse(arguments.blend)
+    wished = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
+    check_drawing(arguments, blend)
+    pipeline = load_base(
+        arguments.pretrained_model_name_or_path,
+        device=arguments.device or best_device(),
+        local_files_only=arguments.local_files_only,
+    )
+    facts: dict[str, Any] = {"base": arguments.pretrained_model_name_or_path}
+    if arguments.subspace is not None:
+        subspace = Subspace.load(arguments.subspace, weights_of(pipeline))
+        facts |= {"subspace": arguments.subspace.name, "basis_version": subspace.basis_version}
+        attach(pipeline, subspace).set_blend(blend)
+    sampling = wished.resolved(pipeline)
+    seeds = list(range(arguments.seed, arguments.seed + arguments.count))
+    pictures = draw(pipeline, [arguments.prompt] * len(seeds), seeds, sampling)
+    for number, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+        output = arguments.output
+        path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
+        save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
+        print(path)
+
+
+def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
+    """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
+    problems = []
+    if arguments.output.suffix.lower() != ".png":
+        problems.append(f"--output {arguments.output} must end in .png")
+    if not 1 <= arguments.count <= 1000:
+        problems.append(f"--count is {arguments.count}; it is 1 to 1000")
+    if not 0 <= arguments.seed < 2**63:
+        problems.append(f"--seed is {arguments.seed}; it is 0 or more")
+    if blend.weights and arguments.subspace is None:
+        problems.append("--blend names concepts, but there is no --subspace file to take them from")
+    if not arguments.prompt.strip():
+        problems.append("--prompt is empty")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if blend.weights and arguments.subspace is not None:
+        from share_diffusion.file import listing
+
+        known = [concept["name"] for concept in listing(arguments.subspace).concepts]
+        if unknown := [name for name in blend.weights if name not in known]:
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"unknown concept {names}; {arguments.subspace} holds: {', '.join(known) or 'none yet'}")
+
+
+def best_device() -> str:
+    """Return the fastest device there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
