@@ -94,6 +94,20 @@ def _read_config(path: str, parser: _Parser) -> list[str]:
     return words
 
 
+def spell(settings: Any) -> list[str]:
+    """Return settings as the flags that give them, for another process."""
+    words: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no-{field.name}")
+        elif isinstance(value, tuple):
+            words += [f"--{field.name}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{field.name}={value}")
+    return words
+
+
 def parse(
     settings: type[Settings], argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None
 ) -> Settings:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from share_diffusion.adapt import MODES
+from share_diffusion.asynchronous import merge_files
 from share_diffusion.subspace import Subspace
 
 FAST = ["--max_train_steps", "4", "--train_batch_size", "2", "--gradient_batches", "1", "--checkpointing_steps", "2"]
@@ -203,6 +204,35 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(workplace, capsy
     said = capsys.readouterr().err
     assert "cannot write to" in said
     assert "taken" in said
+
+
+def test_a_patch_leaves_the_file_alone_and_merges_to_what_learning_in_place_gives(workplace, capsys):
+    assert run("--concept", "watercolor") == 0
+    before = file_of(workplace).read_bytes()
+    assert run("--concept", "robot", "--patch", "robot.patch.safetensors") == 0
+    assert file_of(workplace).read_bytes() == before
+    assert "share-diffusion merge" in capsys.readouterr().out
+    assert run("--concept", "robot", "--output_dir", "here", "--subspace", str(file_of(workplace))) == 0
+    here = Subspace.load(file_of(workplace))
+    (workplace / "there.safetensors").write_bytes(before)
+    there = merge_files("there.safetensors", ["robot.patch.safetensors"])
+    assert there["robot"].kind == "subject"
+    assert there["robot"].details["prompts"] == here["robot"].details["prompts"]
+    one, two = here.lora("robot"), there.lora("robot")
+    gap = sum(float((one.layers[p].dense() - two.layers[p].dense()).square().sum()) for p in one.layers)
+    assert gap**0.5 < 0.01 * one.norm
+    assert run("--concept", "owl", "--patch", "robot.patch.safetensors") == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_learn_a_sequence_side_by_side(workplace, capsys):
+    assert run("--concept", "watercolor") == 0
+    (workplace / "data/gnome").mkdir(parents=True)
+    assert sequence.main([*QUICK, "--concepts", "watercolor", "gnome", "robot", "--workers", "2"]) == 1
+    assert "gnome was not learned: error: " in capsys.readouterr().err
+    assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor", "robot"]
+    assert not list((workplace / "outputs/tiny/patches").glob("*.safetensors"))
 
 
 @pytest.mark.slow

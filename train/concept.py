@@ -49,6 +49,7 @@ from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.models.stable_diffusion import native_resolution, too_long
 from share_diffusion.objective import Draw, draw
+from share_diffusion.patch import Patch, make_patch, write_patch
 from share_diffusion.plan import lora_numbers, plan, summary
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.settings import flag, parse
@@ -70,6 +71,7 @@ class ConceptSettings:
         "tiny", "the base: tiny, a hub id, a diffusers folder or a .safetensors file", aliases=("base",)
     )
     subspace: str | None = flag(None, "the subspace file (default: OUTPUT_DIR/BASE/subspace.safetensors)")
+    patch: str | None = flag(None, "write the concept into this file, for a later merge, and leave the subspace file alone")
     output_dir: str = flag("outputs", "where files, sheets and reports go")
     instance_data_dir: str | None = flag(None, "a folder of pictures and captions", aliases=("train_data_dir",))
     instance_prompt: str | None = flag(None, "the caption of pictures that have none, e.g. 'a photo of mycat'")
@@ -163,7 +165,7 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     held = list(subspace.concepts)
     accelerator.print(plan(recipe, dataset, pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file))
     attached.detach()
-    for place in (folder, file.parent):
+    for place in (folder, Path(settings.patch or file).parent):
         place.mkdir(parents=True, exist_ok=True)
     shown = settings.sheet and accelerator.is_main_process
     untouched = draw_base(pipeline, recipe) if shown else []
@@ -174,11 +176,17 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return {}
-    with storage.locked(file, timeout=LOCK_SECONDS):
-        merged, retention = merge(settings, capacity, pipeline, subspace, recipe, learner, file, modules)
-        if settings.finetune_steps:
-            merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
-        merged = merged.save(file)
+    if settings.patch:
+        merged, retention = merge(capacity, subspace, recipe, learner)
+        write_patch(patch_of(subspace, recipe, learner), settings.patch)
+    else:
+        with storage.locked(file, timeout=LOCK_SECONDS):
+            if file.exists() and storage.read_header(file).generation != subspace.generation:
+                subspace = open_subspace(settings, pipeline, file, recipe, modules)
+            merged, retention = merge(capacity, subspace, recipe, learner)
+            if settings.finetune_steps:
+                merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
+            merged = merged.save(file)
     accelerator.wait_for_everyone()
     if shown:
         after = draw_concepts(pipeline, merged, "pictures after")
@@ -191,8 +199,12 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
         "trainables": learner.trainables,
         "lora_trainables": lora[1],
         "seconds": round(time.perf_counter() - started, 1),
-        "file": describe(merged, file),
     }
+    if settings.patch:
+        size = Path(settings.patch).stat().st_size
+        report["patch"] = {"path": settings.patch, "basis_version": subspace.basis_version, "bytes": size}
+    else:
+        report["file"] = describe(merged, file)
     write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
@@ -228,7 +240,16 @@ def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
     """Return the concept's output folder and the subspace file; whether they can be written is seen before any work."""
     file = subspace_file(settings)
     folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
-    for place in (folder, file.parent):
+    problems = []
+    if settings.patch and Path(settings.patch).exists():
+        problems.append(f"--patch {settings.patch} exists already; merge it, remove it or choose another name")
+    if settings.patch and settings.finetune_steps:
+        problems.append(
+            f"--finetune_steps {settings.finetune_steps} needs the merge, which --patch leaves to others; leave one out"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    for place in (folder, Path(settings.patch).parent if settings.patch else file.parent):
         present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
             raise ValueError(f"cannot write to {present}, where {place} would be; choose another --output_dir or --subspace")
@@ -406,6 +427,7 @@ def comparable(settings: ConceptSettings) -> dict[str, Any]:
         "sheet",
         "output_dir",
         "subspace",
+        "patch",
         "validation_prompt",
         "local_files_only",
         "finetune_steps",
@@ -472,25 +494,19 @@ def capacity_of(settings: ConceptSettings) -> Capacity:
     return Capacity(settings.retain, settings.basis_rank, parse_bytes(settings.budget) if settings.budget else None)
 
 
-def merge(
-    settings: ConceptSettings,
-    capacity: Capacity,
-    pipeline: Any,
-    subspace: Subspace,
-    recipe: Recipe,
-    learner: Learner,
-    file: Path,
-    modules: dict[str, torch.nn.Module],
-) -> tuple[Subspace, dict[str, Any]]:
-    """Fold the concept into the file's newest state and return it with every concept's retention before and after."""
-    if file.exists() and storage.read_header(file).generation != subspace.generation:
-        subspace = open_subspace(settings, pipeline, file, recipe, modules)
+def merge(capacity: Capacity, subspace: Subspace, recipe: Recipe, learner: Learner) -> tuple[Subspace, dict[str, Any]]:
+    """Return the subspace with the concept folded in, and every concept's retention before and after."""
     about = {"kind": recipe.kind, "trigger": recipe.trigger, "details": {"prompts": list(recipe.prompts)}}
-    lora = learner.lora()
-    merged = subspace.merge({recipe.name: lora}, capacity=capacity, about={recipe.name: about})
+    merged = subspace.merge({recipe.name: learner.lora()}, capacity=capacity, about={recipe.name: about})
     before = {name: concept.retention for name, concept in subspace.concepts.items()}
     after = {name: concept.retention for name, concept in merged.concepts.items()}
     return merged, {"before": before, "after": after}
+
+
+def patch_of(subspace: Subspace, recipe: Recipe, learner: Learner) -> Patch:
+    """Return the concept as a patch against the subspace it was learned in."""
+    details = {"prompts": list(recipe.prompts)}
+    return make_patch(subspace, recipe.name, learner.lora(), kind=recipe.kind, trigger=recipe.trigger, details=details)
 
 
 def finetune(
