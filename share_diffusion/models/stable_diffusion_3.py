@@ -82,17 +82,15 @@ def sampling(pipeline: Any) -> tuple[int, float]:
 
 
 def version(pipeline: Any) -> str:
-    """Return kohya's name: sd3_m, sd3_5-medium or sd3_5-large."""
+    """Return kohya's name: medium, 5-medium or 5-large; only 3.5 medium attends twice in some blocks."""
     if not is_3_5(pipeline):
-        return "sd3_m"
-    return "sd3_5-medium" if pipeline.transformer.config.dual_attention_layers else "sd3_5-large"
+        return "medium"
+    return "5-medium" if pipeline.transformer.config.dual_attention_layers else "5-large"
 
 
 def architecture(pipeline: Any) -> str:
-    """Return ModelSpec's name."""
-    if not is_3_5(pipeline):
-        return "stable-diffusion-3-medium"
-    return "stable-diffusion-3.5-medium" if pipeline.transformer.config.dual_attention_layers else "stable-diffusion-3.5-large"
+    """Return ModelSpec's name as kohya spells it."""
+    return f"stable-diffusion-3-{version(pipeline)}"
 
 
 FAMILY = Family(
