@@ -71,6 +71,11 @@ def grain(pipeline: Any) -> int:
     return reduction(pipeline) * pipeline.transformer.config.patch_size
 
 
+def idle(pipeline: Any) -> tuple[str, ...]:
+    """Return the last block's queries of the text: what the text becomes there is never read."""
+    return (f"transformer.transformer_blocks.{pipeline.transformer.config.num_layers - 1}.attn.add_q_proj",)
+
+
 def is_3_5(pipeline: Any) -> bool:
     """Tell 3.5, which normalises queries and keys, from 3."""
     return pipeline.transformer.config.qk_norm is not None
@@ -116,4 +121,5 @@ FAMILY = Family(
         "text_encoder_2": "lora_te2_",
         "text_encoder_3": "lora_te3_",
     },
+    idle=idle,
 )
