@@ -98,7 +98,7 @@ def simulate(concepts: int, capacity: Capacity, folder: Path) -> dict[str, Any]:
         merged = merge_patches(versions[-1], patches, capacity=capacity, against=versions[-2:-6:-1])
         done = time.process_time()
         file = folder / f"{first}.safetensors"
-        merged.save(file)
+        merged.save(file, replace=True)
         versions.append(load(file))
         saved = time.process_time()
         names = order.sample(list(merged.concepts), 50)
