@@ -101,11 +101,13 @@ class Learner(nn.Module):
         return {name: [path.update() for path in entry] for name, entry in self.by_layer().items()}
 
     def lora(self) -> LoRA:
-        """Return the concept as it stands, as an ordinary LoRA."""
+        """Return the concept as it stands, as an ordinary LoRA; layers that the loss never reached have no columns."""
         layers = {}
         for name, entry in self.by_layer().items():
             pairs = [path.factors() for path in entry]
             up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs], dim=0)
+            if up.shape[1] == 0:
+                continue
             layers[name] = Factors(up.cpu().float(), down.cpu().float(), self.kernels[name])
         return LoRA(layers, {})
 

@@ -1,9 +1,9 @@
-"""The parts of a training loop: a data set as latents and tokens, the forward pass with a learner on it, the loss."""
+"""The parts of a training loop: a data set as latents and inputs, the forward pass with a learner on it, the loss."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,37 +15,60 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.data import Dataset
-from share_diffusion.models import stable_diffusion as family
-from share_diffusion.objective import Draw, target
+from share_diffusion.models import family_of
+from share_diffusion.models.layers import components
+from share_diffusion.models.texts import tokenize
+from share_diffusion.objective import Draw, add_noise, target
 from share_diffusion.pictures import fit_picture, open_picture, to_tensor
 
 
 @dataclass(frozen=True)
 class Materials:
-    """A data set as the loop needs it: latents (n, c, h, w), token ids (n, tokens), and each picture's file name."""
+    """A data set as the loop needs it: latents (n, c, h, w), inputs {name: (n, ...)}, and each picture's file name.
+
+    What `inputs` holds is the family's: token ids by text encoder, and how the picture was framed.
+    """
 
     latents: Tensor
-    tokens: Tensor
+    inputs: Mapping[str, Tensor]
     names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def inputs_of(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Return the inputs of some pictures, on a device."""
+        return {name: tensor[indices].to(device) for name, tensor in self.inputs.items()}
+
 
 def prepare(pipeline: Any, dataset: Dataset, resolution: int, batch: int = 16) -> Materials:
     """Encode every picture once; a picture with repeats counts as often as it repeats."""
-    latents = []
+    family = family_of(pipeline)
+    if resolution < 1 or resolution % family.grain(pipeline):
+        raise ValueError(f"resolution is {resolution}; with this base it is a multiple of {family.grain(pipeline)}")
+    latents: list[Tensor] = []
+    originals: list[tuple[int, int]] = []
     for start in range(0, len(dataset.examples), batch):
-        some = dataset.examples[start : start + batch]
-        pictures = torch.stack([to_tensor(fit_picture(open_picture(one.picture), resolution)) for one in some])
+        opened = [open_picture(one.picture) for one in dataset.examples[start : start + batch]]
+        originals += [(picture.height, picture.width) for picture in opened]
+        pictures = torch.stack([to_tensor(fit_picture(picture, resolution)) for picture in opened])
         latents.append(family.encode_pictures(pipeline, pictures).cpu())
+    corners = [corner(original, resolution) for original in originals]
+    inputs = tokenize(family, pipeline, [one.caption for one in dataset.examples])
+    inputs |= family.framing(pipeline, originals, corners, (resolution, resolution))
     places = [place for place, one in enumerate(dataset.examples) for _ in range(one.repeats)]
-    tokens = family.tokenize(pipeline, [one.caption for one in dataset.examples])
     return Materials(
         latents=torch.cat(latents)[places],
-        tokens=tokens[places],
+        inputs={name: tensor[places] for name, tensor in inputs.items()},
         names=tuple(dataset.examples[place].picture.name for place in places),
     )
+
+
+def corner(original: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Return (top, left) of the centred square in a picture (height, width) scaled to its shorter side's resolution."""
+    side = min(original)
+    top, left = ((length - side) / 2 * resolution / side for length in original)
+    return round(top), round(left)
 
 
 class Denoiser(nn.Module):
@@ -59,20 +82,20 @@ class Denoiser(nn.Module):
         self.learner = learner
         self._frozen = (pipeline, attached)
 
-    def forward(self, noisy: Tensor, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, times: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         pipeline, attached = self._frozen
         attached.set(self.learner.updates())
-        return family.predict(pipeline, noisy, times, family.encode_text(pipeline, tokens))
+        return predict(pipeline, noisy, times, inputs)
 
 
 def denoising_loss(model: nn.Module, pipeline: Any, materials: Materials, drawn: Draw, device: torch.device) -> Tensor:
     """Return the mean squared error of the prediction, one value per picture (n)."""
     latents = materials.latents[drawn.indices].to(device)
     noise, times = drawn.noise.to(device), drawn.times.to(device)
-    noisy = pipeline.scheduler.add_noise(latents, noise, times)
-    wanted = target(pipeline.scheduler, latents, noise, times)
+    noisy = add_noise(pipeline, latents, noise, times)
+    wanted = target(pipeline, latents, noise, times)
     with fast_attention(device):
-        predicted = model(noisy, times, materials.tokens[drawn.indices].to(device))
+        predicted = model(noisy, times, materials.inputs_of(drawn.indices, device))
     return F.mse_loss(predicted.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
 
 
@@ -83,9 +106,19 @@ class Frozen(nn.Module):
         super().__init__()
         self._frozen = (pipeline,)
 
-    def forward(self, noisy: Tensor, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, times: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         (pipeline,) = self._frozen
-        return family.predict(pipeline, noisy, times, family.encode_text(pipeline, tokens))
+        return predict(pipeline, noisy, times, inputs)
+
+
+def predict(pipeline: Any, noisy: Tensor, times: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the denoiser's prediction (n, c, h, w); gradients flow into text encoders as well.
+
+    Inputs that already hold `states` are not encoded again.
+    """
+    family = family_of(pipeline)
+    encoded = {} if "states" in inputs else family.encode_text(pipeline, inputs)
+    return family.predict(pipeline, noisy, times, {**inputs, **encoded})
 
 
 @contextlib.contextmanager
@@ -100,7 +133,7 @@ def fast_attention(device: torch.device) -> Iterator[None]:
 
 def freeze(pipeline: Any) -> None:
     """Stop gradients to the base's own weights and switch its dropout off."""
-    for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+    for module in (*components(pipeline).values(), pipeline.vae):
         module.requires_grad_(False)
         module.eval()
 

@@ -55,7 +55,7 @@ def plan(
     count, batch, seconds = steps
     pictures = dataset.report().splitlines()
     if cut:
-        pictures.append(f"{cut} captions are longer than the text encoder reads and will be cut")
+        pictures.append(f"{cut} captions are longer than the base reads and will be cut")
     rows = [
         ("concept", f"{recipe.name} ({recipe.kind}), trigger {recipe.trigger!r}"),
         *(("pictures" if not number else "", line) for number, line in enumerate(pictures)),

@@ -45,9 +45,10 @@ from share_diffusion.learning import (
     prepare,
     rate_factor,
 )
+from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
-from share_diffusion.models.stable_diffusion import native_resolution, too_long
+from share_diffusion.models.texts import too_long
 from share_diffusion.objective import Draw, draw
 from share_diffusion.plan import lora_numbers, plan, summary
 from share_diffusion.recipe import Recipe, find_recipe
@@ -149,17 +150,18 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
         device=accelerator.device,
         local_files_only=settings.local_files_only,
     )
+    family = family_of(pipeline)
     freeze(pipeline)
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
-    materials = prepare(pipeline, dataset, settings.resolution or native_resolution(pipeline))
+    materials = prepare(pipeline, dataset, settings.resolution or family.native_resolution(pipeline))
 
     attached = Attached(pipeline, sorted(modules))
     learner, seconds = start_learner(settings, accelerator, pipeline, subspace, materials, attached, modules)
     lora = settings.rank, lora_numbers(modules, settings.rank)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     steps = settings.max_train_steps, batch, seconds * settings.gradient_accumulation_steps
-    cut = len(too_long(pipeline, [example.caption for example in dataset.examples]))
+    cut = len(too_long(family, pipeline, [example.caption for example in dataset.examples]))
     held = list(subspace.concepts)
     accelerator.print(plan(recipe, dataset, pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file))
     attached.detach()
@@ -284,14 +286,8 @@ def open_subspace(
 def step_draw(settings: ConceptSettings, pipeline: Any, materials: Materials, step: int, accelerator: Accelerator) -> Draw:
     """Return this process's share of a step's pictures, times and noise."""
     everybody = accelerator.num_processes
-    whole = draw(
-        len(materials),
-        settings.train_batch_size * everybody,
-        tuple(materials.latents.shape[1:]),
-        pipeline.scheduler.config.num_train_timesteps,
-        settings.seed,
-        step,
-    )
+    shape = tuple(materials.latents.shape[1:])
+    whole = draw(pipeline, len(materials), settings.train_batch_size * everybody, shape, settings.seed, step)
     mine = slice(accelerator.process_index, None, everybody)
     return Draw(whole.indices[mine], whole.times[mine], whole.noise[mine])
 
