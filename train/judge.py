@@ -76,7 +76,7 @@ class JudgeSettings:
     base: str = flag("share_diffusion/assets/tiny", "pipeline to judge")
     prompts: int = flag(512, "prompts of the gate")
     inference_steps: int = flag(25, "denoising steps of the gate")
-    guidance: float = flag(5.0, "guidance scale of the gate")
+    guidance: float = flag(2.0, "guidance scale of the gate")
 
 
 @dataclass(frozen=True)
