@@ -2,7 +2,7 @@
 
     build_sd(prediction_type="epsilon")   Stable Diffusion, 32 x 32 pictures
     build_sdxl()                          two CLIP text encoders, time ids
-    build_sd3(t5=True)                    three text encoders, or two
+    build_sd3(t5_present=True)            three text encoders, or two
     build_flux(guidance=True)             dev-like, or schnell-like without it
 
 Each takes well under a second and gives the same weights every time; `save` writes an ordinary diffusers folder. The
@@ -241,7 +241,7 @@ def build_flux(guidance: bool = True) -> Any:
 
 BUILDERS = {
     "sd": build_sd,
-    "sd-v": lambda: build_sd("v_prediction", 1024),
+    "sd-v": lambda: build_sd("v_prediction"),
     "sdxl": build_sdxl,
     "sd3": build_sd3,
     "sd3-without-t5": lambda: build_sd3(t5_present=False),
