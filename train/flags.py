@@ -122,6 +122,7 @@ class ConceptSettings:
         None, "a checkpoint folder, latest, or auto (the latest if it fits this run)", aliases=("resume",)
     )
     sheet: bool = flag(True, "draw the contact sheet")
+    progress_file: str | None = flag(None, "a file of JSON lines that tells other programs how far the run is")
     dry_run: bool = flag(False, "print the plan and what is wrong with the data, and change nothing")
     local_files_only: bool = flag(False, "never ask the hub")
     cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
@@ -145,6 +146,7 @@ FREE = {
     "report_to",
     "logging_dir",
     "dry_run",
+    "progress_file",
 }
 
 ALWAYS = "leave it out, that is always so"
@@ -200,8 +202,9 @@ ELSEWHERE = {
 
 def comparable(settings: ConceptSettings) -> dict[str, Any]:
     """Return the settings that must not change between a run and its resumption."""
+    free = FREE if settings.early_stop else FREE | {"validation_steps"}
     return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in FREE
+        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in free
     }
 
 
