@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> dict[str, Any]:
     """Learn the concept and return the report (empty on all but the main process, and after a dry run)."""
     started = time.perf_counter()
-    check(settings)
+    settings = check(settings)
     check_tracker(settings.report_to)
     folder, file = places(settings, recipe_of(settings))
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -94,6 +94,8 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     for place in (folder, Path(settings.patch or file).parent):
         place.mkdir(parents=True, exist_ok=True)
     shown = settings.sheet and accelerator.is_main_process
+    if shown:
+        parked(run, away=False)
     untouched = draw_base(pipeline, recipe) if shown else []
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
 
@@ -118,6 +120,7 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
             merged = merged.save(file)
     accelerator.wait_for_everyone()
     if shown:
+        parked(run, away=False)
         after = draw_concepts(pipeline, merged, "pictures after")
         sheet = make_sheet(recipe, base_name(settings.pretrained_model_name_or_path), untouched, before, after)
         save_png(sheet, folder / "sheet.png")
@@ -210,7 +213,6 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
                 break
     if average is not None:
         average.copy_to(learner)
-    parked(run, away=False)
     end_loss = watch.loss(active=True)
     if settings.report_to != "none":
         accelerator.end_training()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ class ConceptSettings:
     ema_decay: float | None = flag(None, "keep a moving average of what trains, 0.99 is usual")
     finetune_steps: int = flag(0, "steps on the newest concept's coefficients after the merge")
     gradient_batches: int = flag(8, "batches whose gradient gives the new directions")
-    mixed_precision: str = flag("no", "precision of the forward pass", choices=tuple(PRECISIONS))
+    mixed_precision: str | None = flag(
+        None, "precision of the forward pass (default: what accelerate was told, else no)", choices=tuple(PRECISIONS)
+    )
     gradient_checkpointing: bool = flag(False, "save memory by computing activations twice")
     torch_compile: bool = flag(False, "compile the denoiser")
     enable_xformers_memory_efficient_attention: bool = flag(False, "use xformers", aliases=("xformers",))
@@ -225,8 +228,9 @@ def variation_of(settings: ConceptSettings) -> Variation:
     )
 
 
-def check(settings: ConceptSettings) -> None:
-    """Refuse settings that cannot be meant, before any work and all at once."""
+def check(settings: ConceptSettings) -> ConceptSettings:
+    """Return the settings with their precision known; refuses what cannot be meant, before any work and all at once."""
+    told = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problems = [
         f"--{name} is {value}; it is at least 1"
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_batches", "crops",
@@ -239,6 +243,8 @@ def check(settings: ConceptSettings) -> None:
         for name in ("preserve_weight", "prior_loss_weight", "learning_rate", "factor_learning_rate", "max_grad_norm")
         if not (value := getattr(settings, name)) >= 0
     ]
+    if told not in PRECISIONS:
+        problems.append(f"mixed_precision is {told!r}; it is one of {', '.join(PRECISIONS)}")
     if settings.early_stop and not settings.validation_steps:
         problems.append("--early_stop needs --validation_steps, to know how the loss goes")
     if settings.with_prior_preservation and not settings.class_prompt:
@@ -253,3 +259,4 @@ def check(settings: ConceptSettings) -> None:
         raise ValueError("; ".join(problems))
     variation_of(settings)
     capacity_of(settings)
+    return replace(settings, mixed_precision=told)

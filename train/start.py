@@ -14,15 +14,16 @@ from accelerate import Accelerator
 from flags import PRECISIONS, ConceptSettings, objective_of, variation_of
 from torch import nn
 
-from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
+from share_diffusion import loop
+from share_diffusion.adapt import Adaptation, Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
-from share_diffusion.basis import Basis
 from share_diffusion.buckets import batches_in_epoch
 from share_diffusion.cache import Cache
 from share_diffusion.class_pictures import class_folder, draw_class
 from share_diffusion.data import Dataset, join_datasets, read_dataset
 from share_diffusion.learning import Frozen, denoising_loss, freeze
+from share_diffusion.loop import LOOK
 from share_diffusion.memory import checkpoint_gradients, denoiser_of, park, quantise, use_xformers
 from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
@@ -110,6 +111,10 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     pictures = prepare_pictures(pipeline, dataset, framing, cache=cache, freeze_text=text_frozen)
     of_class = prepare_class(settings, accelerator, pipeline, framing, cache, text_frozen)
     economise(settings, pipeline)
+    if settings.low_vram:
+        for name in {family_of(pipeline).denoiser, *(path.partition(".")[0] for path in modules)}:
+            getattr(pipeline, name).to(accelerator.device)
+        park(pipeline, {path.partition(".")[0] for path in modules})
     if settings.quantize_base:
         modules = select(pipeline, settings.targets, settings.train_text_encoder)  # the quantised layers took their places
     return Run(settings, accelerator, recipe, folder, file, pipeline, dataset, pictures, of_class, modules, subspace)
@@ -185,10 +190,12 @@ def load(settings: ConceptSettings, accelerator: Accelerator) -> Any:
     """Return the frozen base."""
     pipeline = load_base(
         settings.pretrained_model_name_or_path,
-        dtype=PRECISIONS[settings.mixed_precision],
-        device=accelerator.device,
+        dtype=PRECISIONS[settings.mixed_precision or "no"],
+        device="cpu" if settings.low_vram else accelerator.device,
         local_files_only=settings.local_files_only,
     )
+    if settings.low_vram:
+        pipeline.vae.to(accelerator.device)  # encodes the pictures, then leaves
     if settings.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=settings.prediction_type)
     freeze(pipeline)
@@ -270,31 +277,24 @@ def start_learner(run: Run, attached: Attached) -> tuple[Learner, float]:
     """Return what will train, and the seconds that one forward and backward pass took."""
     settings, accelerator = run.settings, run.accelerator
     adaptation = Adaptation(settings.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
-    bases = {path: basis for path, basis in run.subspace.layers.items() if path in run.modules}
-    first = all(min(basis.rank) == 0 for basis in bases.values())
-    rank = settings.rank if first and settings.adaptation == "gradient" else settings.temporary_rank
-    frozen = Frozen(run.pipeline)
+    frozen, started, passes = Frozen(run.pipeline), time.perf_counter(), []
 
     def loss(index: int) -> torch.Tensor:
+        passes.append(index)
         with accelerator.autocast():
-            drawn = run.draw(1_000_000_000 + index)
+            drawn = run.draw(LOOK + index)
             return denoising_loss(frozen, run.pipeline, run.pictures, drawn, accelerator.device).mean()
 
     def average(sketch: torch.Tensor) -> torch.Tensor:
         over_processes: Any = accelerator.reduce(sketch, "mean")
         return over_processes
 
-    started = time.perf_counter()
-    wanted = adaptation.looks_at_gradient and not (first and settings.adaptation == "hybrid")
-    batches = settings.gradient_batches if wanted else 1
-    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, batches, settings.seed, average)
-    seconds = (time.perf_counter() - started) / batches
-    learner = make_learner(run.modules, bases, adaptation, directions if wanted else {}, settings.seed)
-    return learner.to(accelerator.device), seconds
+    batches = settings.gradient_batches
+    learner = loop.start(attached, run.modules, run.subspace, adaptation, loss, settings.seed, batches, average)
+    return learner.to(accelerator.device), (time.perf_counter() - started) / len(passes)
 
 
 def parked(run: Run, away: bool) -> None:
     """With --low_vram, take what a training step does not need off the accelerator, or back for drawing."""
     if run.settings.low_vram:
-        text_needed = set() if run.pictures.texts is not None else {"text_encoder", "text_encoder_2", "text_encoder_3"}
-        park(run.pipeline, run.adapted | text_needed, "cpu" if away else run.accelerator.device)
+        park(run.pipeline, run.adapted, "cpu" if away else run.accelerator.device)
