@@ -86,7 +86,9 @@ def adapt(
     return subspace.merge({name: learner.lora()}, capacity=capacity, about={name: about})
 
 
-def opened(pipeline: Any, subspace: Subspace | None, targets: str, train_text_encoder: bool) -> Subspace:
+def opened(
+    pipeline: Any, subspace: Subspace | None = None, targets: str = "attention", train_text_encoder: bool = True
+) -> Subspace:
     """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted."""
     modules = select(pipeline, targets, train_text_encoder)
     identity = identify(pipeline, Path(str(getattr(pipeline.config, "_name_or_path", ""))).name or "base")

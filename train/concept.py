@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from flags import ELSEWHERE, ConceptSettings, capacity_of, check, comparable
-from start import Run, open_subspace, parked, places, recipe_of, start, start_learner, subspace_file
+from start import Run, open_subspace, parked, places, recipe_of, start, start_learner
 from tqdm import tqdm
 from watch import Watch, check_tracker, forgetting, learned_enough, write_whole
 
@@ -49,8 +49,6 @@ from share_diffusion.subspace import Subspace
 
 LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
 MOST_SKIPPED = 20  # steps in a row that fp16's loss scale may overflow
-
-__all__ = ["ConceptSettings", "capacity_of", "learn", "main", "subspace_file"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from concept import ConceptSettings, capacity_of, learn, subspace_file
+from concept import learn
+from flags import ELSEWHERE, ConceptSettings, capacity_of
+from start import subspace_file
 from torch import Tensor
 
 from share_diffusion import storage
@@ -55,6 +57,8 @@ def check(settings: SequenceSettings) -> None:
         problems.append(f"--workers is {settings.workers}; at least 1 process is needed")
     if settings.patch:
         problems.append(f"--patch {settings.patch} is for one concept; --workers N names a patch for each by itself")
+    if settings.dataset_config:
+        problems.append(f"--dataset_config {settings.dataset_config} is for one concept; a sequence reads data/NAME/ for each")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -139,7 +143,8 @@ def script() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    settings = parse(SequenceSettings, argv, description="Learn a list of concepts into one subspace file.")
+    words = "Learn a list of concepts into one subspace file."
+    settings = parse(SequenceSettings, argv, description=words, elsewhere=ELSEWHERE)
     try:
         learned = learn_all(settings)
     except ValueError as error:
