@@ -35,12 +35,13 @@ BATCH = 16  # pictures that the autoencoder is given at once
 class Framing:
     """How pictures are cut: square at `resolution`, or in buckets of `step`; centred, or at `crops` places; mirrored as well.
 
-    `enlarge` puts small pictures into full-sized buckets; `alpha` takes a picture's transparency as its mask.
+    A step of None is 64, or a quarter of the resolution where that is less. `enlarge` puts small pictures into full-sized
+    buckets; `alpha` takes a picture's transparency as its mask.
     """
 
     resolution: int
     buckets: bool = False
-    step: int = 64
+    step: int | None = None
     enlarge: bool = False
     center_crop: bool = True
     crops: int = 4
@@ -51,7 +52,9 @@ class Framing:
         """Return the size (height, width) at which a picture (height, width) is trained."""
         if not self.buckets:
             return self.resolution, self.resolution
-        step = max(self.step, grain) if self.step % grain == 0 else grain
+        step = self.step or max(grain, min(64, self.resolution // 4) // grain * grain)
+        if step % grain:
+            raise ValueError(f"bucket_step is {step}; with this base it is a multiple of {grain}")
         return choose_bucket(picture, bucket_sizes(self.resolution, step), step, self.enlarge)
 
     def cuts(self, digest: str) -> list[tuple[tuple[float, float], bool]]:

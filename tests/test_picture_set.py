@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,3 +278,18 @@ def noisy(lora):
         path: type(factors)(torch.randn(factors.up.shape, generator=generator), factors.down)
         for path, factors in lora.layers.items()
     }
+
+
+DREAMBOOTH = Path(__file__).resolve().parents[2] / "shared" / "dreambooth"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not DREAMBOOTH.is_dir(), reason="the photographs are not there: expected in ../shared/dreambooth")
+def test_photographs_of_subjects_fall_into_buckets(pipeline):
+    for folder in sorted(path for path in DREAMBOOTH.iterdir() if path.is_dir()):
+        data = read_dataset(folder, trigger="sks", instance_prompt=f"a photo of sks {folder.name}")
+        made = prepare_pictures(pipeline, data, Framing(64, buckets=True))
+        assert len(made) >= 4
+        for latents, (height, width) in zip(made.latents, made.sizes, strict=True):
+            assert latents.shape[2:] == (height // 4, width // 4)
+            assert latents.isfinite().all()

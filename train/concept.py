@@ -237,7 +237,7 @@ def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None
 def facts_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint must share with the run that goes on from it."""
     return {
-        "data": run.dataset.fingerprint,
+        "data": run.data,
         "basis_version": run.subspace.basis_version,
         "settings": comparable(run.settings),
     }

@@ -47,7 +47,10 @@ class ConceptSettings:
     repeats: int = flag(1, "how often every picture counts", aliases=("num_repeats", "dataset_repeats"))
     resolution: int | None = flag(None, "side of the training pictures (default: the base's own)", read=side)
     use_aspect_ratio_buckets: bool = flag(False, "train pictures in their own shapes", aliases=("enable_bucket",))
-    bucket_step: int = flag(64, "sides of buckets are multiples of this", aliases=("bucket_reso_steps",))
+    bucket_step: int | None = flag(
+        None, "sides of buckets are multiples of this (default: 64, or a quarter of a small resolution)",
+        aliases=("bucket_reso_steps",),
+    )  # fmt: skip
     bucket_enlarge: bool = flag(False, "enlarge pictures that are smaller than their bucket")
     center_crop: bool = flag(True, "cut pictures at their centre; --no-center_crop cuts at random places")
     crops: int = flag(4, "random cuts of each picture, with --no-center_crop")

@@ -52,6 +52,7 @@ class Run:
     dataset: Dataset
     pictures: PictureSet
     class_pictures: PictureSet | None
+    data: str  # a digest of all pictures and captions
     modules: dict[str, nn.Module]
     subspace: Subspace
 
@@ -109,7 +110,7 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     cache = Cache(settings.cache_dir) if settings.cache_dir else None
     text_frozen = not any(path.startswith("text_encoder") for path in modules)
     pictures = prepare_pictures(pipeline, dataset, framing, cache=cache, freeze_text=text_frozen)
-    of_class = prepare_class(settings, accelerator, pipeline, framing, cache, text_frozen)
+    of_class, class_digest = prepare_class(settings, accelerator, pipeline, framing, cache, text_frozen)
     economise(settings, pipeline)
     if settings.low_vram:
         for name in {family_of(pipeline).denoiser, *(path.partition(".")[0] for path in modules)}:
@@ -117,7 +118,8 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
         park(pipeline, {path.partition(".")[0] for path in modules})
     if settings.quantize_base:
         modules = select(pipeline, settings.targets, settings.train_text_encoder)  # the quantised layers took their places
-    return Run(settings, accelerator, recipe, folder, file, pipeline, dataset, pictures, of_class, modules, subspace)
+    digest = dataset.fingerprint + class_digest
+    return Run(settings, accelerator, recipe, folder, file, pipeline, dataset, pictures, of_class, digest, modules, subspace)
 
 
 def recipe_of(settings: ConceptSettings) -> Recipe:
@@ -220,11 +222,11 @@ def framing_of(settings: ConceptSettings, pipeline: Any) -> Framing:
 
 def prepare_class(
     settings: ConceptSettings, accelerator: Accelerator, pipeline: Any, framing: Framing, cache: Cache | None, text_frozen: bool
-) -> PictureSet | None:
-    """Return the class's pictures, missing ones drawn by the base; None where there are none to be used."""
+) -> tuple[PictureSet | None, str]:
+    """Return the class's pictures, missing ones drawn by the base, and their digest; None where there are none to be used."""
     tabled = [one for one in subsets(settings) if one.of_class]
     if not settings.with_prior_preservation and not tabled:
-        return None
+        return None, ""
     folders = [(one.folder, one.prompt or settings.class_prompt, one.repeats) for one in tabled]
     if settings.with_prior_preservation and not tabled:
         assert settings.class_prompt is not None
@@ -232,12 +234,14 @@ def prepare_class(
         folders = [(folder, settings.class_prompt, 1)]
         if accelerator.is_main_process and not settings.dry_run:
             drawn = draw_class(pipeline, folder, settings.class_prompt, settings.num_class_images, framing.resolution)
-            accelerator.print(f"drew {drawn} pictures of {settings.class_prompt!r} into {folder}/" if drawn else "")
+            if drawn:
+                accelerator.print(f"drew {drawn} pictures of {settings.class_prompt!r} into {folder}/")
         accelerator.wait_for_everyone()
         if settings.dry_run and not folder.is_dir():
-            return None
+            return None, ""
     parts = [read_dataset(folder, instance_prompt=prompt, repeats=repeats) for folder, prompt, repeats in folders]
-    return prepare_pictures(pipeline, join_datasets(parts), framing, cache=cache, freeze_text=text_frozen)
+    joined = join_datasets(parts)
+    return prepare_pictures(pipeline, joined, framing, cache=cache, freeze_text=text_frozen), joined.fingerprint
 
 
 def economise(settings: ConceptSettings, pipeline: Any) -> None:
