@@ -106,6 +106,8 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     pipeline = load(settings, accelerator)
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
+    if settings.quantize_base and subspace.origin.kind == "weights":
+        raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
     framing = framing_of(settings, pipeline)
     cache = Cache(settings.cache_dir) if settings.cache_dir else None
     text_frozen = not any(path.startswith("text_encoder") for path in modules)
