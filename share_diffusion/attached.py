@@ -154,7 +154,8 @@ class AttachedSubspace(Attached):
         for hook in self.hooks:
             hook.remove()
         self.hooks, several = [], len(self.blends) > 1
-        before_text, before_denoiser = torch.compiler.disable(self.before_text), torch.compiler.disable(self.before_denoiser)
+        before_text: Any = torch.compiler.disable(self.before_text)
+        before_denoiser: Any = torch.compiler.disable(self.before_denoiser)
         for name, module in components(self.pipeline).items():
             if name.startswith(TEXT) and several:
                 self.hooks.append(module.register_forward_pre_hook(before_text, with_kwargs=True))
