@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.data import Dataset
+from share_diffusion.layer import Update
 from share_diffusion.models import family_of
 from share_diffusion.models.layers import components
 from share_diffusion.models.texts import tokenize
-from share_diffusion.objective import Draw, add_noise, target
+from share_diffusion.objective import Draw, add_noise, target, time_weights
 from share_diffusion.pictures import fit_picture, open_picture, to_tensor
+from share_diffusion.schedules import rate_factor as rate_factor
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,34 @@ class Materials:
     def __len__(self) -> int:
         return len(self.names)
 
+    def latents_of(self, drawn: Draw, device: torch.device) -> Tensor:
+        """Return the latents (n, c, h, w) of a draw."""
+        return self.latents[drawn.indices].to(device)
+
+    def mask_of(self, drawn: Draw, device: torch.device) -> Tensor | None:
+        """Return None: all of every picture counts."""
+        return None
+
+    def conditions_of(self, drawn: Draw, device: torch.device) -> dict[str, Tensor]:
+        """Return the family's inputs of a draw."""
+        return self.inputs_of(drawn.indices, device)
+
     def inputs_of(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         """Return the inputs of some pictures, on a device."""
         return {name: tensor[indices].to(device) for name, tensor in self.inputs.items()}
+
+
+class Source(Protocol):
+    """What a loop draws from: `Materials` of one size, or a `PictureSet` with buckets, cuts and masks."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def latents_of(self, drawn: Draw, device: torch.device) -> Tensor: ...
+
+    def mask_of(self, drawn: Draw, device: torch.device) -> Tensor | None: ...
+
+    def conditions_of(self, drawn: Draw, device: torch.device) -> dict[str, Tensor]: ...
 
 
 def prepare(pipeline: Any, dataset: Dataset, resolution: int, batch: int = 16) -> Materials:
@@ -82,21 +109,35 @@ class Denoiser(nn.Module):
         self.learner = learner
         self._frozen = (pipeline, attached)
 
-    def forward(self, noisy: Tensor, times: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, noisy: Tensor, times: Tensor, inputs: Mapping[str, Tensor], beside: Mapping[str, Update] | None = None
+    ) -> Tensor:
+        """Return the prediction; `beside` holds updates that are active together with the learner's."""
         pipeline, attached = self._frozen
-        attached.set(self.learner.updates())
+        updates: dict[str, list[Update]] = self.learner.updates()
+        for path, update in (beside or {}).items():
+            updates[path] = [*updates.get(path, ()), update]
+        attached.set(updates)
         return predict(pipeline, noisy, times, inputs)
 
 
-def denoising_loss(model: nn.Module, pipeline: Any, materials: Materials, drawn: Draw, device: torch.device) -> Tensor:
-    """Return the mean squared error of the prediction, one value per picture (n)."""
-    latents = materials.latents[drawn.indices].to(device)
+def denoising_loss(
+    model: nn.Module, pipeline: Any, materials: Source, drawn: Draw, device: torch.device, snr_gamma: float | None = None
+) -> Tensor:
+    """Return the mean squared error of the prediction, one value per picture (n); a mask says where it counts."""
+    latents = materials.latents_of(drawn, device)
     noise, times = drawn.noise.to(device), drawn.times.to(device)
     noisy = add_noise(pipeline, latents, noise, times)
     wanted = target(pipeline, latents, noise, times)
     with fast_attention(device):
-        predicted = model(noisy, times, materials.inputs_of(drawn.indices, device))
-    return F.mse_loss(predicted.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
+        predicted = model(noisy, times, materials.conditions_of(drawn, device))
+    errors = F.mse_loss(predicted.float(), wanted, reduction="none")
+    mask = materials.mask_of(drawn, device)
+    if mask is None:
+        losses = errors.mean(dim=(1, 2, 3))
+    else:
+        losses = (errors * mask).sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp_min(1)
+    return losses if snr_gamma is None else losses * time_weights(pipeline, times, snr_gamma)
 
 
 class Frozen(nn.Module):
@@ -138,25 +179,13 @@ def freeze(pipeline: Any) -> None:
         module.eval()
 
 
-def bad_pictures(losses: Tensor, drawn: Draw, materials: Materials) -> list[str]:
+def bad_pictures(losses: Tensor, drawn: Draw, materials: Source) -> list[str]:
     """Return the names of the pictures whose loss is not finite, or all of the batch when only the gradient is not."""
     broken = [int(index) for index, loss in zip(drawn.indices, losses, strict=True) if not torch.isfinite(loss)]
     return sorted({materials.names[index] for index in (broken or drawn.indices.tolist())})
 
 
-def rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
-    """Return the learning rate's factor at a step: linear warm-up, then constant, cosine or linear decay."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if schedule == "cosine":
-        return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
-    return 1 - progress if schedule == "linear" else 1.0
-
-
-def fixed_noise_loss(
-    model: nn.Module, pipeline: Any, materials: Materials, draws: Sequence[Draw], device: torch.device
-) -> float:
+def fixed_noise_loss(model: nn.Module, pipeline: Any, materials: Source, draws: Sequence[Draw], device: torch.device) -> float:
     """Return the mean loss over fixed draws, to compare states of one concept with each other."""
     with torch.no_grad():
         losses = [denoising_loss(model, pipeline, materials, drawn, device).mean() for drawn in draws]

@@ -8,7 +8,7 @@ another device, sees the same pictures, times and noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,38 @@ class Draw:
     indices: Tensor
     times: Tensor
     noise: Tensor
+    variants: Tensor | None = None  # (n) in [0, 1): which cut of a picture, where there are several
+    captions: tuple[str, ...] | None = None  # where they vary from step to step
+
+    def part(self, mine: slice) -> Draw:
+        """Return one process's share."""
+        variants = None if self.variants is None else self.variants[mine]
+        captions = None if self.captions is None else self.captions[mine]
+        return Draw(self.indices[mine], self.times[mine], self.noise[mine], variants, captions)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised; None is off.
+
+    `snr_gamma` weighs diffusion times by min-SNR (Hang et al. 2023), `noise_offset` adds noise that is one value a channel,
+    so that a picture's brightness is learned, `weighting` says which times are visited (None: as the family does).
+    """
+
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    weighting: str | None = None
+
+    def problems(self, pipeline: Any) -> list[str]:
+        """Return what cannot be meant with this base."""
+        problems = []
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            problems.append(f"snr_gamma is {self.snr_gamma}; it is positive, 5 is usual")
+        if self.snr_gamma is not None and family_of(pipeline).noise.prediction(pipeline) == "flow":
+            problems.append("snr_gamma is for diffusion, this base is a flow model; use --weighting_scheme")
+        if not 0 <= self.noise_offset <= 1:
+            problems.append(f"noise_offset is {self.noise_offset}; it is 0 to 1, 0.05 is usual")
+        return problems
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -95,3 +127,22 @@ def signal_to_noise(pipeline: Any, times: Tensor) -> Tensor:
     """Return (signal / sigma) ** 2 at times (n), for weights of the loss."""
     signal, sigma = family_of(pipeline).noise.scales(pipeline, times)
     return ((signal / sigma) ** 2).flatten()
+
+
+def offset_noise(drawn: Draw, offset: float, seed: int, step: int) -> Draw:
+    """Return a draw whose noise has one more normal value a picture and channel, `offset` strong."""
+    count, channels = drawn.noise.shape[:2]
+    values = torch.randn(count, channels, 1, 1, generator=step_generator(seed + 15_485_863, step))
+    return replace(drawn, noise=drawn.noise + offset * values)
+
+
+def time_weights(pipeline: Any, times: Tensor, gamma: float | None) -> Tensor:
+    """Return the weight of each time's loss (n): min(SNR, gamma) in terms of what is predicted, or 1."""
+    if gamma is None:
+        return torch.ones(len(times), device=times.device)
+    ratio = signal_to_noise(pipeline, times).clamp_min(1e-8)
+    capped = ratio.clamp_max(gamma)
+    kind = family_of(pipeline).noise.prediction(pipeline)
+    if kind == "epsilon":
+        return capped / ratio
+    return capped / (ratio + 1) if kind == "v_prediction" else capped
