@@ -2,6 +2,10 @@
 
 share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
+share-diffusion fit LORA... --output FILE
+share-diffusion merge FILE LORA... [--distil]
+share-diffusion compare A B
+share-diffusion rename FILE OLD NEW
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -16,11 +20,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import doctor, drop, generate, show, verify
+from share_diffusion.commands import compare, doctor, drop, fit, generate, merge, rename, show, verify
 
 COMMANDS = {
     "show": show,
     "generate": generate,
+    "fit": fit,
+    "merge": merge,
+    "compare": compare,
+    "rename": rename,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -23,13 +24,13 @@ MEMBER_LIMIT = 200_000
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, those of a list as `list:0:up`, `list:0:down`; ValueError for anything else."""
+    archive = copied(path)
     try:
-        held = torch.load(copied(path), map_location="cpu", weights_only=True)
+        held = torch.load(archive, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: cannot be read as tensors alone ({first}); convert it to .safetensors where you trust it"
-        ) from None
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would call {called[1]}" if called else type(error).__name__
+        raise ValueError(f"{path}: not tensors alone ({reason}); where you trust it, convert it to .safetensors") from None
     tensors = named(held)
     if tensors is None:
         raise ValueError(f"{path}: holds a {type(held).__name__}; expected tensors by name, or a list of up and down matrices")
