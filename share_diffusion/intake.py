@@ -145,12 +145,8 @@ def take_in(
     progress: Callable[[int, int], None] = lambda done, whole: None,
 ) -> tuple[Subspace, Account]:
     """Return the subspace with all the files folded in, and the account of them; names already held are refused first."""
+    refuse_taken(subspace, found)
     account = Account()
-    held = {name.casefold(): name for name in subspace.concepts}
-    if taken := [source.name for source in found if source.name.casefold() in held]:
-        raise ValueError(
-            f"{', '.join(taken)}: already in the file; drop or rename the old one, or give the new one another name with --name"
-        )
     joint = sum(size_of(source.path) for source in found) <= JOINT_LIMIT
     waiting: dict[str, LoRA] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -161,6 +157,15 @@ def take_in(
             waiting, facts = {}, {}
         progress(number, len(found))
     return subspace, account
+
+
+def refuse_taken(subspace: Subspace, found: Sequence[Source]) -> None:
+    """Raise ValueError for the names that the subspace holds already."""
+    held = {name.casefold() for name in subspace.concepts}
+    if taken := [source.name for source in found if source.name.casefold() in held]:
+        raise ValueError(
+            f"{', '.join(taken)}: already in the file; drop or rename the old one, or give the new one another name with --name"
+        )
 
 
 def size_of(path: Path) -> int:

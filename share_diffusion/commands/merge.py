@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from share_diffusion.subspace import Subspace
 
     found = sources(arguments.loras, arguments.name, arguments.kind, arguments.trigger)
+    own = read_prompts(arguments.distil_prompts) if arguments.distil_prompts else []
     name = base_of(arguments)
     pipeline = fit.open_base(name, arguments)
     with storage.locked(arguments.file):
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         subspace = Subspace.load(arguments.file, weights)
         fit.refuse_wrong_base(pipeline, subspace)
         if arguments.distil:
-            merged = distilled(arguments, pipeline, subspace, found)
+            merged = distilled(arguments, pipeline, subspace, found, own)
         else:
             limits = {"weights": weights, "pseudo_rank": arguments.pseudo_rank, "progress": fit.reading}
             merged, account = take_in(subspace, found, fit.capacity_of(arguments), **limits)
@@ -68,15 +69,15 @@ def base_of(arguments: argparse.Namespace) -> str | None:
     return name
 
 
-def distilled(arguments: argparse.Namespace, pipeline: Any, subspace: Any, found: list[Any]) -> Any:
+def distilled(arguments: argparse.Namespace, pipeline: Any, subspace: Any, found: list[Any], own: list[str]) -> Any:
     """Return the subspace with every LoRA learned again in it, one after the other."""
     from share_diffusion.account import Account
     from share_diffusion.distil import Distillation, default_prompts, distil
-    from share_diffusion.intake import about, read_all
+    from share_diffusion.intake import about, read_all, refuse_taken
     from share_diffusion.learning import freeze
 
     settings = Distillation(arguments.distil_steps, pseudo_rank=arguments.distil_rank, directions=arguments.distil_directions)
-    own = read_prompts(arguments.distil_prompts) if arguments.distil_prompts else []
+    refuse_taken(subspace, found)
     pipeline.to(arguments.device or "cpu")
     freeze(pipeline)
     for source, lora in read_all(found, account := Account()):
