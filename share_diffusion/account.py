@@ -20,6 +20,7 @@ class Account:
     energies: dict[str, dict[str, float]] = field(default_factory=dict)
     spaces: dict[str, RowSpaces] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    family: str = ""  # the kind of base that they are for, as far as their layers tell
 
     def enter(self, name: str, path: str, lora: LoRA) -> None:
         """Take down what a LoRA was."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from share_diffusion.account import Account
+from share_diffusion.basis import Basis
 from share_diffusion.capacity import Capacity
 from share_diffusion.concept import KINDS, check_name
 from share_diffusion.lora import LoRA
@@ -123,14 +124,15 @@ def about(source: Source, lora: LoRA) -> dict[str, Any]:
     }
 
 
-def read_all(found: Sequence[Source], account: Account) -> Iterator[tuple[Source, LoRA]]:
-    """Yield the LoRAs one at a time, refusing the first that is for another kind of base than those before."""
-    family = ""
+def read_all(subspace: Subspace, found: Sequence[Source], account: Account) -> Iterator[tuple[Source, LoRA]]:
+    """Yield the LoRAs one at a time, refusing the first that is for another kind of base than what was before it."""
+    account.family = family_of({layer: shape_of(basis) for layer, basis in subspace.layers.items()})
     for source in found:
         lora = LoRA.read(source.path)
-        if (told := family_of(lora)) and family and told != family:
-            raise ValueError(f"{source.path} is for {told}, the LoRAs before it for {family}; a subspace belongs to one base")
-        family = family or told
+        told = family_of({layer: factors.shape for layer, factors in lora.layers.items()})
+        if told and account.family and told != account.family:
+            raise ValueError(f"{source.path} is for {told}, what was before it for {account.family}; a subspace has one base")
+        account.family = account.family or told
         account.enter(source.name, str(source.path), lora)
         yield source, lora
 
@@ -150,7 +152,7 @@ def take_in(
     joint = sum(size_of(source.path) for source in found) <= JOINT_LIMIT
     waiting: dict[str, LoRA] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for number, (source, lora) in enumerate(read_all(found, account), 1):
+    for number, (source, lora) in enumerate(read_all(subspace, found, account), 1):
         waiting[source.name], facts[source.name] = lora, about(source, lora)
         if not joint or number == len(found):
             subspace = subspace.merge(waiting, weights=weights, capacity=capacity, pseudo_rank=pseudo_rank, about=facts)
@@ -175,11 +177,16 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def family_of(lora: LoRA) -> str:
-    """Return what kind of base a LoRA is for, as far as its layers tell, or nothing."""
-    for layer, factors in lora.layers.items():
+def shape_of(basis: Basis) -> tuple[int, int]:
+    """Return (out, in) of a basis's layer."""
+    return basis.beta.shape[0], basis.alpha.shape[0]
+
+
+def family_of(shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Return what kind of base has layers of these names and shapes (out, in), as far as they tell, or nothing."""
+    for layer, (_, width) in shapes.items():
         if layer.startswith("transformer.single_transformer_blocks"):
             return "FLUX"
         if layer.startswith("unet.") and layer.endswith("attn2.to_k"):
-            return CONTEXTS.get(factors.shape[1], f"a UNet that reads text of width {factors.shape[1]}")
+            return CONTEXTS.get(width, f"a UNet that reads text of width {width}")
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     empty = Subspace(base=identity(pipeline, arguments) if pipeline else BaseIdentity())
     with storage.locked(arguments.output):
         subspace, account = take_in(empty, found, capacity, pseudo_rank=arguments.pseudo_rank, progress=reading)
+        if pipeline is None and account.family:
+            subspace = replace(subspace, base=BaseIdentity(f"{account.family}, by its layers"))
         refuse_wrong_base(pipeline, subspace)
         print(report(empty, subspace, account))
         write(arguments, subspace, arguments.output)

@@ -80,7 +80,7 @@ def distilled(arguments: argparse.Namespace, pipeline: Any, subspace: Any, found
     refuse_taken(subspace, found)
     pipeline.to(arguments.device or "cpu")
     freeze(pipeline)
-    for source, lora in read_all(found, account := Account()):
+    for source, lora in read_all(subspace, found, account := Account()):
         facts = about(source, lora)
         prompts = own or default_prompts(facts["trigger"], source.kind)
         student = distil(pipeline, subspace, lora, prompts, settings, learning)

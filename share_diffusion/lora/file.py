@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from share_diffusion.lora.pickled import PICKLES, read_pickle
 
-# In a folder, the file that holds the LoRA: PEFT's name and diffusers'.
+# In a folder, the file that holds the LoRA: PEFT's name and diffusers', and what both wrote before safetensors.
 NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+OLD_NAMES = ("adapter_model.bin", "pytorch_lora_weights.bin")
 # Files with a header of a hundred megabytes keep the parser busy for half a minute; real ones stay under one.
 HEADER_LIMIT = 16 * 2**20
 TENSOR_LIMIT = 200_000
@@ -27,6 +29,7 @@ def locate(path: Path) -> Path:
     if not path.is_dir():
         return path
     found = [path / name for name in NAMES if (path / name).exists()]
+    found = found or [path / name for name in OLD_NAMES if (path / name).exists()]
     if len(found) != 1:
         held = "both" if found else "neither"
         raise ValueError(f"{path}: the folder holds {held} of {' and '.join(NAMES)}; name the LoRA file itself")
@@ -78,7 +81,7 @@ def file_problem(path: Path) -> str | None:
 
 def adapter_config(path: Path) -> dict[str, str]:
     """The text of the `adapter_config.json` that PEFT wrote beside this file, under its key, if it is there."""
-    config = path.with_name(path.name.replace("adapter_model.safetensors", "adapter_config.json"))
+    config = path.with_name(re.sub(r"adapter_model\.(safetensors|bin)$", "adapter_config.json", path.name))
     if config == path or not config.is_file():
         return {}
     try:
