@@ -263,14 +263,13 @@ def alive(entry: Coefficients) -> Coefficients:
 def widened(
     lesson: Lesson, attached: Attached, bases: Mapping[str, Basis], learner: Learner, settings: Distillation
 ) -> Learner:
-    """Return the student with room outside the bases, where the teacher's pull on the base points."""
+    """Return the student with room outside the bases, where the teacher's pull on the base points, in all its layers."""
 
     def losses(index: int) -> Tensor:
         return lesson.loss(lesson.frozen, lesson.trained, lesson.draw(lesson.trained, 7_000_000 + index))
 
     directions = gradient_directions(attached, bases, settings.directions, losses, 8, settings.seed)
-    wide = make_learner(
-        {path: attached.layers[path] for path in bases}, bases, Adaptation("gradient", settings.pseudo_rank), directions, 0
-    )
-    wide.start_from(learner.coefficients())
+    modules = {path: layer for path, layer in attached.layers.items() if path in bases or min(directions[path].rank) > 0}
+    wide = make_learner(modules, bases, Adaptation("gradient", settings.pseudo_rank), directions, settings.seed)
+    wide.start_from({**wide.coefficients(), **learner.coefficients()})
     return wide.to(lesson.device)

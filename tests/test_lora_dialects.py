@@ -337,6 +337,25 @@ def test_a_lycoris_layer_with_a_part_missing_is_named() -> None:
         read(tensors)
 
 
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"lokr_w1": (4, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 4)}, "do not fit together: lokr_w1"),
+        ({"hada_w1_a": (4, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)}, "do not fit together"),
+        ({"lokr_w1_a": (2**17, 1), "lokr_w1_b": (1, 2**17), "lokr_w2": (2, 2)}, "131072 x 131072 numbers"),
+        (
+            {"hada_w1_a": (2**17, 1), "hada_w1_b": (1, 2**17), "hada_w2_a": (2**17, 1), "hada_w2_b": (1, 2**17)},
+            "no layer needs",
+        ),
+        ({"lokr_w1": (4, 4), "lokr_w2": (4, 4), "lora_up.weight": (4, 1)}, "has up of a LoRA beside lokr_w1"),
+    ],
+)
+def test_broken_products_are_refused_before_they_take_memory(parts: dict[str, tuple[int, ...]], words: str) -> None:
+    tensors = {f"lora_unet_mid_block_attentions_0_proj_in.{name}": noise(*shape) for name, shape in parts.items()}
+    with pytest.raises(ValueError, match=words):
+        read(tensors)
+
+
 # cloneofsimo
 
 

@@ -68,10 +68,8 @@ def folded(parts: Parts, layer: str, scale: Scale, most: int) -> Factors:
     """One layer's float32 factors with its scale multiplied into `up`, from whichever form its matrices are in."""
     matrices = {role: single(parts, role) for role in parts if role != "alpha"}
     alpha = alpha_of(parts["alpha"]) if "alpha" in parts else None
-    if any(role.startswith("hada") for role in parts):
-        factors = lycoris.hadamard(matrices, alpha, layer, most)
-    elif any(role.startswith("lokr") for role in parts):
-        factors = lycoris.kronecker(matrices, alpha, layer, most)
+    if product := next((form for form in lycoris.PRODUCTS if any(role.startswith(form) for role in parts)), None):
+        factors = converted(lycoris.PRODUCTS[product], matrices, alpha, layer, most)
     else:
         factors = paired(matrices, sorted(parts))
         factor = scale(layer, factors.rank) if alpha is None else alpha / factors.rank
@@ -79,6 +77,19 @@ def folded(parts: Parts, layer: str, scale: Scale, most: int) -> Factors:
     if not is_finite(factors):
         raise ValueError("holds NaN or infinite values in float32; the file is broken, train or download it again")
     return factors
+
+
+def converted(convert: lycoris.Product, parts: Mapping[Role, Tensor], alpha: float | None, layer: str, most: int) -> Factors:
+    """The factors of a LoHa or LoKr layer; what torch cannot multiply or decompose is a ValueError as all else is."""
+    if mixed := sorted({"up", "down", "mid"} & parts.keys()):
+        raise ValueError(f"has {', '.join(mixed)} of a LoRA beside {min(parts.keys() - set(mixed))}; keep one of the two")
+    if not all(torch.isfinite(part).all() for part in parts.values()):
+        raise ValueError("holds NaN or infinite values; the file is broken, train or download it again")
+    try:
+        return convert(parts, alpha, layer, most)
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(f"{role} {tuple(part.shape)}" for role, part in sorted(parts.items()))
+        raise ValueError(f"its matrices do not fit together: {shapes}") from error
 
 
 def paired(parts: Mapping[Role, Tensor], present: list[str]) -> Factors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from share_diffusion.basis import WORK, random_basis, thin_svd
 from share_diffusion.lora.factors import Factors
 
 Kernel = tuple[int, int] | None
+Product = Callable[[Mapping[str, Tensor], float | None, str, int], Factors]
+SIZE_LIMIT = 2**28  # numbers of a product that is multiplied out; the largest layers of these models have half as many
 EXACT = 1e-12  # share of the energy that is rounding: directions below it are not counted
 OVERSAMPLING = 16
 POWER_STEPS = 2  # a flat spectrum, as products of random matrices have, gains nothing from more
@@ -46,6 +48,7 @@ def hadamard(parts: Mapping[str, Tensor], alpha: float | None, layer: str, most:
         second = tucker(parts["hada_t2"], parts["hada_w2_a"].T, parts["hada_w2_b"])
         return truncated(dense=(first * second).flatten(1) * scale, kernel=kernel_shape(first), most=most)
     up1, down1, up2, down2 = (parts[name].to(WORK).flatten(1) for name in names)
+    refuse_size(up1.shape[0], down1.shape[1])
     kernel = kernel_of(layer, down1.shape[1])
     if up1.shape[1] * up2.shape[1] >= min(up1.shape[0], down1.shape[1]) // 2:
         return truncated(dense=(up1 @ down1) * (up2 @ down2) * scale, kernel=kernel, most=most)
@@ -64,6 +67,7 @@ def kronecker(parts: Mapping[str, Tensor], alpha: float | None, layer: str, most
     kernel = kernel_shape(second) or kernel_of(layer, inputs)
     if first.ndim != 2:
         raise ValueError(f"lokr_w1 is {tuple(first.shape)}; expected a matrix")
+    refuse_size(first.shape[0] * second.shape[0], inputs)
     left1, values1, right1 = torch.linalg.svd(first.to(WORK), full_matrices=False)
     left2, values2, right2 = torch.linalg.svd(second.to(WORK).flatten(1), full_matrices=False)
     values, order = torch.outer(values1, values2).flatten().sort(descending=True)
@@ -82,7 +86,14 @@ def half(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, int | None]:
     first, second = parts[f"{name}_a"], parts[f"{name}_b"]
     if name == "lokr_w2" and "lokr_t2" in parts:
         return tucker(parts["lokr_t2"], first.T, second), second.shape[0]
+    refuse_size(first.shape[0], second[0].numel())
     return (first.to(WORK) @ second.to(WORK).flatten(1)).unflatten(1, second.shape[1:]), second.shape[0]
+
+
+def refuse_size(out: int, inputs: int) -> None:
+    """Raise ValueError for a product that no layer is as large as, before it takes memory."""
+    if out * inputs > SIZE_LIMIT:
+        raise ValueError(f"its product has {out} x {inputs} numbers; no layer needs more than {SIZE_LIMIT}, the file is broken")
 
 
 def demand(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
@@ -130,3 +141,7 @@ def balanced(left: Tensor, values: Tensor, right: Tensor, kernel: Kernel, lost: 
     """Float32 factors with the singular values split evenly, their sign on the left."""
     root = values.abs().sqrt()
     return Factors((left * root * values.sign()).float(), (right * root[:, None]).float(), kernel, lost)
+
+
+# By the first word of their matrices' names.
+PRODUCTS: dict[str, Product] = {"hada": hadamard, "lokr": kronecker}

@@ -25,9 +25,9 @@ def train_foreign(
     seed: int,
     *,
     rank: int = 8,
-    steps: int = 150,
+    steps: int = 100,
     batch: int = 8,
-    rate: float = 2e-3,
+    rate: float = 3e-3,
 ) -> Path:
     """Train a LoRA on a folder of pictures and captions and return its file; the pipeline is left as it was."""
     from diffusers import StableDiffusionPipeline
