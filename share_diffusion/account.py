@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from share_diffusion.kinship import RowSpaces, energies, group_of, row_spaces, seed_groups
+from share_diffusion.kinship import RowSpaces, energies, group_of, likeness, row_spaces, seed_groups
 from share_diffusion.lora import LoRA
 from share_diffusion.merge import squared
 from share_diffusion.subspace import Subspace
@@ -31,11 +32,20 @@ class Account:
             "numbers": sum(factors.up.numel() + factors.down.numel() for factors in lora.layers.values()),
             "lost": lora.lost,
         }
-        self.energies[name] = energies(lora)
-        self.spaces[name] = row_spaces(lora)
+        shares, spaces = energies(lora), row_spaces(lora)
+        twins = [other for other in self.energies if alike(shares, self.energies[other], spaces, self.spaces[other])]
+        self.notes += [f"{name} is the same update as {twins[0]}; drop one of the two"] if twins else []
+        self.energies[name], self.spaces[name] = shares, spaces
         self.notes += [f"{path}: {note}" for note in lora.notes]
         if lora.lost:
             self.notes.append(f"{path}: converted to plain factors, which hold {1 - lora.lost:.5f} of its energy")
+
+
+def alike(shares: Mapping[str, float], others: Mapping[str, float], spaces: RowSpaces, other_spaces: RowSpaces) -> bool:
+    """Tell whether two updates have the same energies in every layer group, and the same row spaces."""
+    if shares.keys() != others.keys() or any(abs(shares[group] - others[group]) > 1e-4 * shares[group] for group in shares):
+        return False
+    return spaces.keys() == other_spaces.keys() and likeness(spaces, other_spaces) > 0.999
 
 
 def group_retention(subspace: Subspace, account: Account) -> dict[str, dict[str, float]]:

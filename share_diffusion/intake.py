@@ -46,9 +46,10 @@ def sources(
     says. Raises ValueError with all problems at once.
     """
     problems: list[str] = []
-    given = dict(reversed(parted(entry, "--name", problems)) for entry in names)
+    given = {path: name for name, path in (parted(entry, "--name", problems) for entry in names)}
     chosen = {Path(path): given.get(path) for path in [*paths, *(path for path in given if path not in paths)]}
     named = [(name or default_name(path), path) for path, name in chosen.items()]
+    problems += [f"{path} is given twice; once is enough" for path in dict.fromkeys(paths) if list(paths).count(path) > 1]
     problems += name_problems(named)
     kind_of = values(kinds, [name for name, _ in named], "--kind", problems)
     trigger_of = values(triggers, [name for name, _ in named], "--trigger", problems)

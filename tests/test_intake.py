@@ -197,6 +197,17 @@ def test_loras_of_two_kinds_of_base_are_refused(tmp_path: Path) -> None:
     assert "w2048.safetensors is for Stable Diffusion XL, what was before it for Stable Diffusion 1.x" in message
 
 
+def test_one_update_under_two_names_is_told(tmp_path: Path) -> None:
+    lora = random_lora(0)
+    paths = [
+        str(written(tmp_path, name, one)) for name, one in {"a": lora, "b": lora, "c": random_lora(0, down_seed=3)}.items()
+    ]
+    subspace, account = take_in(Subspace(), sources(paths), Capacity())
+    assert account.notes == ["b is the same update as a; drop one of the two"]
+    assert list(subspace.concepts) == ["a", "b", "c"]
+    assert "is given twice" in refusal(lambda: sources([paths[0], paths[0]]))
+
+
 def test_an_account_forgets_the_matrices() -> None:
     account, lora = Account(), random_lora(0)
     account.enter("a", "a.safetensors", lora)
