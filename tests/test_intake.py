@@ -305,7 +305,7 @@ def test_a_file_without_a_known_base_goes_onto_the_right_one_and_tells_the_wrong
         (["fit", "{0}", "--output", "{0}"], "is there already; merge into it"),
         (["fit", "{0}", "--output", "no/where.safetensors"], "is not a folder; create it first"),
         (["fit", "none.safetensors", "--output", "s.safetensors"], "no such file"),
-        (["fit", "{0}", "{0}x", "--output", "s.safetensors"], "no such file"),
+        (["fit", "{0}", "{1}x", "--output", "s.safetensors"], "no such file"),
         (["fit", "{0}", "--output", "s.safetensors", "--budget", "lots"], "is not a size"),
         (["fit", "{0}", "--output", "s.safetensors", "--retain", "2"], "retain is 2"),
         (["compare", "{0}", "none.safetensors"], "no such file"),

@@ -6,6 +6,7 @@ what people have: `pytorch_lora_weights.safetensors` as `save_lora_weights` spel
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ def train_foreign(
     batch: int = 8,
     rate: float = 3e-3,
 ) -> Path:
-    """Train a LoRA on a folder of pictures and captions and return its file; the pipeline is left as it was."""
+    """Train a LoRA on a folder of pictures and captions, on copies of the pipeline's models, and return its file."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
     torch.manual_seed(seed)
     latents, tokens = encode(pipeline, pictures)
-    models = {name: getattr(pipeline, name) for name in TARGETS}
+    models = {name: copy.deepcopy(getattr(pipeline, name)) for name in TARGETS}
     for name, model in models.items():
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[name]))
@@ -50,8 +51,8 @@ def train_foreign(
         noisy = scheduler.add_noise(latents[chosen], noise, times)
         velocity = scheduler.config.prediction_type == "v_prediction"
         wanted = scheduler.get_velocity(latents[chosen], noise, times) if velocity else noise
-        states = pipeline.text_encoder(tokens[chosen])[0]
-        loss = F.mse_loss(pipeline.unet(noisy, times, encoder_hidden_states=states).sample, wanted)
+        states = models["text_encoder"](tokens[chosen])[0]
+        loss = F.mse_loss(models["unet"](noisy, times, encoder_hidden_states=states).sample, wanted)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -59,8 +60,6 @@ def train_foreign(
         schedule.step()
     weights = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
     StableDiffusionPipeline.save_lora_weights(str(output), **weights)
-    for model in models.values():
-        model.delete_adapters("default")
     return output / "pytorch_lora_weights.safetensors"
 
 
