@@ -153,7 +153,9 @@ class Lesson:
 
     def materials(self, prompts: Sequence[str], part: int) -> Materials:
         """Return latents that the base draws of these prompts; `part` 0 and 1 share no seed."""
-        count = self.settings.latents if part == 0 else max(8, self.settings.latents // 2)
+        settings = self.settings
+        count = min(settings.latents, settings.steps * settings.batch)  # no more than are looked at
+        count = count if part == 0 else max(8, count // 2)
         asked = [prompts[number % len(prompts)] for number in range(count)]
         sources = {"teacher": (asked, []), "base": ([], asked), "both": (asked[::2], asked[1::2])}
         halves: tuple[list[str], list[str]] = sources[self.settings.source]
