@@ -4,6 +4,10 @@ share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
 share-diffusion grid --subspace FILE --prompt TEXT --blend BLEND --x robot=0..1/5 --y seed=0,1,2 --output grid.png
 share-diffusion overlap FILE [NAMES ...]
+share-diffusion fit LORA... --output FILE
+share-diffusion merge FILE LORA... [--distil]
+share-diffusion compare A B
+share-diffusion rename FILE OLD NEW
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -18,13 +22,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import doctor, drop, generate, grid, overlap, show, verify
+from share_diffusion.commands import compare, doctor, drop, fit, generate, grid, merge, overlap, rename, show, verify
 
 COMMANDS = {
     "show": show,
     "generate": generate,
     "grid": grid,
     "overlap": overlap,
+    "fit": fit,
+    "merge": merge,
+    "compare": compare,
+    "rename": rename,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,
