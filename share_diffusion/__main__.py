@@ -2,6 +2,8 @@
 
 share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
+share-diffusion export FILE --blend "watercolor:0.8 + robot:0.5" --format kohya --output blend.safetensors
+share-diffusion verify-export PATH
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -16,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import doctor, drop, generate, show, verify
+from share_diffusion.commands import doctor, drop, export, generate, show, verify, verify_export
 
 COMMANDS = {
     "show": show,
     "generate": generate,
+    "export": export,
+    "verify-export": verify_export,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,

@@ -19,9 +19,10 @@ from share_diffusion.lora.factors import Factors, is_finite
 from share_diffusion.lora.file import adapter_config, locate, read_safetensors, write_safetensors
 from share_diffusion.lora.kohya import is_kohya, parse_kohya, spell_kohya
 from share_diffusion.lora.names import COMPONENTS
+from share_diffusion.lora.processor import spell_processor
 
 READERS = ((is_kohya, parse_kohya), (is_dotted, parse_diffusers))
-WRITERS = {"kohya": spell_kohya, "diffusers": spell_diffusers}
+WRITERS = {"kohya": spell_kohya, "diffusers": spell_diffusers, "diffusers-old": spell_processor}
 
 # Other adaptations, told by their keys; reading them as LoRA would drop part of the update.
 FOREIGN = {
@@ -82,7 +83,8 @@ class LoRA:
         dtype: torch.dtype = torch.float16,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere) or `diffusers`.
+        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere), `diffusers` or
+        `diffusers-old` (its names from before PEFT, which ComfyUI reads as well).
 
         `metadata` is added to the LoRA's own; what describes ranks and scale is always computed from the layers.
         Raises ValueError where values are not finite or do not survive `dtype`.
