@@ -8,7 +8,7 @@ import torch
 
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 WORDS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-BLOCKS = {"block_out_channels": (32, 64), "layers_per_block": 2, "norm_num_groups": 16, "sample_size": 8}
+BLOCKS = {"block_out_channels": (32, 64), "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 8}
 
 
 def tokenizer() -> Any:
@@ -74,7 +74,7 @@ def small_sd(linear: bool = False, **options: Any) -> Any:
 
 
 def small_sdxl() -> Any:
-    """An SDXL: two text encoders, time ids, no attention on the first level."""
+    """An SDXL: two text encoders (told apart by their width, as in the wild), time ids, no attention on the first level."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -83,18 +83,18 @@ def small_sdxl() -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=64,
+        cross_attention_dim=80,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,
+        projection_class_embeddings_input_dim=96,
         **BLOCKS,
     )
     pipeline = StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu", hidden_size=48, projection_dim=48)),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         unet=unet,

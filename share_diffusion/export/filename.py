@@ -19,7 +19,7 @@ def safe_name(name: str) -> str:
     plain = unicodedata.normalize("NFC", name)
     cleaned = "".join("_" if unicodedata.category(c)[0] == "C" else c for c in UNSAFE.sub("_", plain))
     cleaned = cleaned.strip(" .").lstrip("-~")
-    if cleaned == plain and not RESERVED.fullmatch(cleaned) and len(cleaned.encode()) <= BYTES:
+    if cleaned and cleaned == plain and not RESERVED.fullmatch(cleaned) and len(cleaned.encode()) <= BYTES:
         return cleaned
     short = cleaned.encode()[: BYTES - 9].decode(errors="ignore").rstrip(" .") or "concept"
     digest = hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:8]

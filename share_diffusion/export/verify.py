@@ -74,7 +74,7 @@ def shapes_of(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 def file_verdicts(path: Path) -> list[Verdict]:
     """Return each program's verdict on a LoRA or a checkpoint."""
     shapes, _ = shapes_of(path)
-    if "share_alpha" in " ".join(list(shapes)[:4]):
+    if any(key.endswith(".share_alpha") for key in shapes):
         raise ValueError(f"{path}: this is a subspace file, not an export; `share-diffusion verify` checks it")
     if any(key.startswith("model.diffusion_model.") for key in shapes):
         return [checkpoint_verdict(path, reader, shapes) for reader in READERS]
