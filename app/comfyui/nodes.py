@@ -1,4 +1,4 @@
-"""The nodes: one concept with a slider, a mix written as text, and what a file holds.
+"""The nodes: one concept with a slider, a mix written as text, what a file holds, and the embedded base.
 
 A concept becomes an ordinary LoRA in memory and goes through `comfy.sd.load_lora_for_models`, so it works with every
 model that takes LoRAs and stacks with them; the slider is the LoRA's strength.
@@ -13,11 +13,13 @@ from typing import Any
 import comfy.sd
 import folder_paths
 
+from .base import open_base
 from .mixing import mixed, parse
 from .reader import SubspaceFile, read
 
 FOLDER = "share"
 SEPARATOR = " :: "
+BASE_ENDING = ".base.safetensors"
 NONE = "(no subspace file in models/share)"
 STRENGTH = ("FLOAT", {"default": 1.0, "min": -4.0, "max": 4.0, "step": 0.01, "display": "slider"})
 
@@ -52,8 +54,8 @@ def subspace(name: str) -> SubspaceFile:
 
 def files() -> list[str]:
     """Return the subspace files of models/share."""
-    names = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
-    return sorted(names) or [NONE]
+    names = folder_paths.get_filename_list(FOLDER)
+    return sorted(name for name in names if name.endswith(".safetensors") and not name.endswith(BASE_ENDING)) or [NONE]
 
 
 def choices() -> list[str]:
@@ -146,9 +148,35 @@ class ShareInfo:
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
-NODE_CLASS_MAPPINGS = {"ShareConcept": ShareConcept, "ShareMix": ShareMix, "ShareInfo": ShareInfo}
+class ShareBase:
+    """A base of unusual shape, such as the embedded `tiny`, with an empty latent of its own size."""
+
+    CATEGORY = "share"
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE", "LATENT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        names = sorted(name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(BASE_ENDING))
+        return {"required": {"base": (names or ["(no .base.safetensors file in models/share)"],)}}
+
+    @classmethod
+    def IS_CHANGED(cls, base: str) -> Any:
+        return stamp_of(place(base))
+
+    def load(self, base: str) -> tuple[Any, Any, Any, Any]:
+        return open_base(place(base))
+
+
+NODE_CLASS_MAPPINGS = {
+    "ShareConcept": ShareConcept,
+    "ShareMix": ShareMix,
+    "ShareInfo": ShareInfo,
+    "ShareBase": ShareBase,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ShareConcept": "Share: concept",
     "ShareMix": "Share: mix by text",
     "ShareInfo": "Share: what a file holds",
+    "ShareBase": "Share: embedded base",
 }

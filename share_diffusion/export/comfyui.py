@@ -2,7 +2,7 @@
 
     models/loras/NAME.safetensors           the blend, with NAME.json and NAME.png
     models/checkpoints/BASE.safetensors     the untouched base, where it was given and has a single-file layout
-    models/diffusers/BASE/                  the embedded base, which opens through the nodes of app/comfyui
+    models/share/BASE.base.safetensors      the embedded base, which opens through the nodes of app/comfyui
     user/default/workflows/NAME.json        the workflow, in the page's list
     user/default/api/NAME.json              the same for the HTTP interface
 
@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from share_diffusion.export.base_file import ENDING, write_base_file
 from share_diffusion.export.checkpoint import write_checkpoint
 from share_diffusion.export.family import Family
 from share_diffusion.export.filename import safe_name
 from share_diffusion.export.metadata import About, modelspec
-from share_diffusion.export.pipeline import write_pipeline
 from share_diffusion.export.readers.keys import is_stock
 from share_diffusion.export.workflow import Drawing, Node, api_json, nodes, page_json
 
@@ -57,7 +57,7 @@ def base_node(about: About, given: bool) -> Node:
         name = {"ckpt_name": f"{base_file(about)}{SINGLE_FILE}"}
         return Node("CheckpointLoaderSimple", "the base", {}, name, ("MODEL", "CLIP", "VAE"))
     outputs = ("MODEL", "CLIP", "VAE", "LATENT")
-    return Node("ShareBase", "the embedded base", {}, {"base": base_file(about)}, outputs)
+    return Node("ShareBase", "the embedded base", {}, {"base": f"{base_file(about)}{ENDING}"}, outputs)
 
 
 def write_base(task: Task, stage: Path) -> None:
@@ -69,9 +69,8 @@ def write_base(task: Task, stage: Path) -> None:
         said = modelspec(About(about.base, type(about.blend)({}), about.family), about.family.modelspec)
         write_checkpoint(task.pipeline, about.family, path, task.dtype, said)
     else:
-        folder = stage / "models/diffusers" / name
-        folder.mkdir(parents=True)
-        write_pipeline(task.pipeline, folder, task.dtype)
+        (stage / "models/share").mkdir()
+        write_base_file(task.pipeline, stage / "models/share" / f"{name}{ENDING}", task.dtype)
 
 
 def drawing_of(task: Task, name: str) -> Drawing:

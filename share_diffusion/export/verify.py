@@ -47,14 +47,12 @@ def verify(path: Path) -> list[Verdict]:
         return folder_verdicts(path)
     files = sorted([*path.glob("*.safetensors"), *path.glob("models/*/*.safetensors")])
     components = sorted(path.glob("*/adapter_config.json"))
-    folders = sorted(config.parent for config in path.glob("models/*/*/model_index.json"))
     if components:
         return [peft_verdict(config.parent) for config in components]
-    if not files and not folders:
+    files = [file for file in files if file.parent.name != "share"]
+    if not files:
         raise ValueError(f"{path}: no export that is known; expected a .safetensors file, a pipeline, PEFT or ComfyUI folder")
-    return [verdict for file in files for verdict in file_verdicts(file)] + [
-        verdict for folder in folders for verdict in folder_verdicts(folder)
-    ]
+    return [verdict for file in files for verdict in file_verdicts(file)]
 
 
 def shapes_of(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
