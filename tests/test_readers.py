@@ -159,7 +159,8 @@ comfy.options.enable_args_parsing()
 import comfy.lora
 from types import SimpleNamespace
 asked = json.load(open(question))
-unet = SimpleNamespace(state_dict=lambda: dict.fromkeys(asked["unet"]), model_config=SimpleNamespace(unet_config=asked["config"]))
+config = SimpleNamespace(unet_config=asked["config"])
+unet = SimpleNamespace(state_dict=lambda: dict.fromkeys(asked["unet"]), model_config=config)
 text = SimpleNamespace(state_dict=lambda: dict.fromkeys(asked["text"]))
 known = comfy.lora.model_lora_keys_clip(text, comfy.lora.model_lora_keys_unet(unet, {}))
 print(json.dumps(sorted(key for key in known if isinstance(key, str))))
