@@ -8,6 +8,8 @@ share-diffusion fit LORA... --output FILE
 share-diffusion merge FILE LORA... [--distil]
 share-diffusion compare A B
 share-diffusion rename FILE OLD NEW
+share-diffusion export FILE --blend "watercolor:0.8 + robot:0.5" --format kohya --output blend.safetensors
+share-diffusion verify-export PATH
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -22,7 +24,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import compare, doctor, drop, fit, generate, grid, merge, overlap, rename, show, verify
+from share_diffusion.commands import (
+    compare,
+    doctor,
+    drop,
+    export,
+    fit,
+    generate,
+    grid,
+    merge,
+    overlap,
+    rename,
+    show,
+    verify,
+    verify_export,
+)
 
 COMMANDS = {
     "show": show,
@@ -33,6 +49,8 @@ COMMANDS = {
     "merge": merge,
     "compare": compare,
     "rename": rename,
+    "export": export,
+    "verify-export": verify_export,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,

@@ -19,6 +19,7 @@ from share_diffusion.lora.cloneofsimo import is_cloneofsimo, read_cloneofsimo
 from share_diffusion.lora.diffusers import is_dotted, read_diffusers, spell_diffusers
 from share_diffusion.lora.factors import Factors
 from share_diffusion.lora.kohya import is_kohya, read_kohya, spell_kohya
+from share_diffusion.lora.processor import spell_processor
 from share_diffusion.lora.xlabs import is_xlabs, read_xlabs
 
 Read = Callable[[Mapping[str, Tensor], Mapping[str, str], int], dict[str, Factors]]
@@ -42,7 +43,7 @@ DIALECTS = (
     Dialect("cloneofsimo", is_cloneofsimo, read_cloneofsimo),
     Dialect("diffusers", is_dotted, read_diffusers, spell_diffusers),
 )
-WRITERS = {dialect.name: dialect.spell for dialect in DIALECTS if dialect.spell}
+WRITERS = {dialect.name: dialect.spell for dialect in DIALECTS if dialect.spell} | {"diffusers-old": spell_processor}
 
 # What other adaptations do to a weight, told by their keys; reading the rest of such a file would change its meaning.
 FOREIGN = {

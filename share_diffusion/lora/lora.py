@@ -69,7 +69,8 @@ class LoRA:
         dtype: torch.dtype = torch.float16,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere) or `diffusers`.
+        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere), `diffusers` or
+        `diffusers-old` (its names from before PEFT, which ComfyUI reads as well).
 
         `metadata` is added to the LoRA's own; what describes ranks and scale is always computed from the layers.
         Raises ValueError where values are not finite or do not survive `dtype`.
