@@ -198,3 +198,9 @@ def drop_concept(path: str | os.PathLike[str], name: str) -> list[str]:
     smaller = changed(subspace.drop(name), complete=True)  # derived columns are not in the file, so none are needed
     save(smaller, path)
     return list(smaller.concepts)
+
+
+def rename_concept(path: str | os.PathLike[str], old: str, new: str) -> None:
+    """Give a concept of a file another name; works without the base's weights."""
+    subspace = load(path, look=True)
+    save(changed(subspace.rename(old, new), complete=True), path)

@@ -353,7 +353,7 @@ def test_a_file_of_the_denoiser_alone_takes_the_rest_from_the_folder_beside_it(t
     component = family_of(pipeline).denoiser
     state = {key: tensor.contiguous() for key, tensor in getattr(pipeline, component).state_dict().items()}
     save_file(state, tmp_path / "mine.safetensors")
-    with pytest.raises(ValueError, match="the file holds the denoiser alone.*put a diffusers folder of the same base"):
+    with pytest.raises(ValueError, match=r"the file holds the denoiser alone.*put a diffusers folder of the same base"):
         load_base(tmp_path / "mine.safetensors", local_files_only=True)
     save(pipeline, tmp_path / "mine")
     again = load_base(tmp_path / "mine.safetensors", local_files_only=True)

@@ -9,7 +9,7 @@
 Nothing else in the library knows what a UNet is. To add a family:
 
 1. Write `models/<family>.py` with the functions that `Family` lists (shapes are told there) and one value `FAMILY`. The
-   four present ones have 70 to 130 lines. Shared pieces: `texts` (tokenisers), `latents` (autoencoders), `noise`
+   four present ones have 90 to 150 lines. Shared pieces: `texts` (tokenisers), `latents` (autoencoders), `noise`
    (diffusion and flow matching, from the scheduler's config), `targets` (names of attention layers).
 2. `owns` looks at the pipeline's parts, never at a name; it must be false for every other family.
 3. `encode_text` must equal the pipeline's own `encode_prompt`, and let gradients through.
