@@ -95,8 +95,12 @@ def merge_files(
     capacity: Capacity | None = None,
     weights: Weights | None = None,
     against: Sequence[str | os.PathLike[str]] = (),
+    write: bool = True,
 ) -> Subspace:
-    """Fold patch files into a subspace file, made anew where there is none, under its lock; the backup counts as `against`."""
+    """Fold patch files into a subspace file, made anew where there is none, under its lock; the backup counts as `against`.
+
+    `write=False` tells what would come out and leaves the file as it is.
+    """
     read = [read_patch(path) for path in patches]
     refuse([] if read else ["there is no patch to merge; give at least one"])
     with storage.locked(file):
@@ -108,4 +112,4 @@ def merge_files(
         merged = merge_patches(
             subspace, read, capacity=capacity, weights=weights, against=[load(path, weights) for path in older]
         )
-        return merged if merged is subspace else merged.save(file)
+        return merged if merged is subspace or not write else merged.save(file)

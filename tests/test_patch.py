@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from share_diffusion.__main__ import main
 from share_diffusion.asynchronous import merge_files, merge_patches
 from share_diffusion.capacity import Capacity
 from share_diffusion.file import load
@@ -145,6 +146,19 @@ def test_problems_are_told_together_and_nothing_is_written(tmp_path):
     assert "another architecture" in str(error.value)
     assert "'first': another concept" in str(error.value)
     assert path.read_bytes() == before
+
+
+def test_the_command_folds_patches_in(tmp_path, capsys):
+    path, held = started(tmp_path)
+    patches = [str(one) for one in written(tmp_path, held, ["a", "b"])]
+    before = path.read_bytes()
+    assert main(["merge", str(path), *patches, "--dry_run"]) == 0
+    assert path.read_bytes() == before
+    assert main(["merge", str(path), *reversed(patches)]) == 0
+    assert "3 concepts" in capsys.readouterr().out
+    assert list(load(path).concepts) == ["first", "a", "b"]
+    assert main(["merge", str(path), patches[0], "some.safetensors"]) == 1
+    assert "leave out some.safetensors" in capsys.readouterr().err
 
 
 def test_a_patch_knows_itself(tmp_path):

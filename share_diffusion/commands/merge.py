@@ -1,4 +1,4 @@
-"""Fold LoRA files into a subspace file, by their weights or (--distil) by what they do."""
+"""Fold LoRA files into a subspace file, by their weights or (--distil) by what they do; or patches, learned elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 from share_diffusion.commands import fit
 
-HELP = "fold LoRA files into a subspace file"
+HELP = "fold LoRA files or patches into a subspace file"
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("file", type=Path, help="the subspace file")
     fit.source_flags(parser)
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=[], metavar="FILE", help="files that patches were learned against"
+    )
     distil = parser.add_argument_group("distilling", "learn each LoRA again in the file's own bases; needs the base")
     distil.add_argument("--distil", action="store_true", help="match what the LoRA does instead of its weights")
     distil.add_argument("--distil_prompts", type=Path, metavar="FILE", help="prompts, one a line (default: ready-made ones)")
@@ -33,8 +36,12 @@ def run(arguments: argparse.Namespace) -> None:
     from share_diffusion.account import report
     from share_diffusion.intake import sources, take_in
     from share_diffusion.models.identity import weights_of
+    from share_diffusion.patch import is_patch
     from share_diffusion.subspace import Subspace
 
+    if any(is_patch(path) for path in arguments.loras):
+        fold(arguments)
+        return
     found = sources(arguments.loras, arguments.name, arguments.kind, arguments.trigger)
     own = read_prompts(arguments.distil_prompts) if arguments.distil_prompts else []
     name = base_of(arguments)
@@ -53,6 +60,28 @@ def run(arguments: argparse.Namespace) -> None:
         if pipeline is None and (new := merged.layers.keys() - subspace.layers.keys()):
             print(f"note: {len(new)} layers are new to the file ({min(new)}, ...) and no base was given to check them with")
         fit.write(arguments, merged, arguments.file)
+
+
+def fold(arguments: argparse.Namespace) -> None:
+    """Fold patches in, the file made anew where there is none; the order of the patches changes nothing."""
+    from share_diffusion.asynchronous import merge_files
+    from share_diffusion.models.identity import weights_of
+    from share_diffusion.patch import is_patch
+
+    others = [path for path in arguments.loras if not is_patch(path)]
+    if others or arguments.name or arguments.distil:
+        raise ValueError(
+            f"patches are merged by themselves, under their own names; leave out {', '.join(others) or 'the rest'}"
+        )
+    pipeline = fit.open_base(arguments.pretrained_model_name_or_path, arguments)
+    weights = weights_of(pipeline) if pipeline is not None else None
+    capacity, write = fit.capacity_of(arguments), not arguments.dry_run
+    merged = merge_files(
+        arguments.file, arguments.loras, capacity=capacity, weights=weights, against=arguments.against, write=write
+    )
+    for name, concept in merged.concepts.items():
+        print(f"{name:<20} retention {concept.retention:.4f}")
+    print(f"{arguments.file}: {len(merged.concepts)} concepts" + ("" if write else " (dry run: nothing written)"))
 
 
 def base_of(arguments: argparse.Namespace) -> str | None:
