@@ -45,10 +45,10 @@ def adapt(
     subspace: Subspace | None = None,
     adaptation: Adaptation | None = None,
     capacity: Capacity | None = None,
-    targets: str = "attention",
+    targets: str = "attention+ff",
     train_text_encoder: bool = True,
     resolution: int | None = None,
-    steps: int = 200,
+    steps: int = 400,
     batch: int = 8,
     learning_rate: float = 2e-2,
     factor_learning_rate: float = 2e-3,
@@ -87,7 +87,7 @@ def adapt(
 
 
 def opened(
-    pipeline: Any, subspace: Subspace | None = None, targets: str = "attention", train_text_encoder: bool = True
+    pipeline: Any, subspace: Subspace | None = None, targets: str = "attention+ff", train_text_encoder: bool = True
 ) -> Subspace:
     """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted."""
     modules = select(pipeline, targets, train_text_encoder)
@@ -105,7 +105,7 @@ def learning(
     subspace: Subspace,
     pictures: PictureSet,
     adaptation: Adaptation,
-    targets: str = "attention",
+    targets: str = "attention+ff",
     train_text_encoder: bool = True,
     batch: int = 8,
     seed: int = 0,

@@ -18,6 +18,7 @@ from small_pipelines import small_sd, small_sdxl
 from share_diffusion.__main__ import main
 from share_diffusion.attached import attach
 from share_diffusion.base import quiet
+from share_diffusion.blend import Blend
 from share_diffusion.drawing import read_settings
 from share_diffusion.export import FORMATS, export
 from share_diffusion.export.checkpoint import write_checkpoint
@@ -26,7 +27,7 @@ from share_diffusion.export.filename import name_problem, safe_name
 from share_diffusion.export.fuse import fused
 from share_diffusion.export.metadata import body_hash
 from share_diffusion.export.pipeline import write_pipeline
-from share_diffusion.export.weighted import weighted
+from share_diffusion.export.weighted import cores_of, weighted
 from share_diffusion.export.whole import staged
 from share_diffusion.export.workflow import Drawing, Link, Node, api_json, nodes, page_json
 from share_diffusion.lora import Factors, LoRA
@@ -409,3 +410,25 @@ def test_a_small_base_is_of_no_stock_family(subspace: Subspace, tmp_path: Path) 
     from share_diffusion.export.formats import family_in
 
     assert family_in(subspace, None) is OTHER
+
+
+def test_block_groups_and_merge_methods_are_exported_as_they_act():
+    pipeline = small_sd()
+    subspace = subspace_on(pipeline)
+    text = "ink:0.8[blocks=down,text] + owl:-0.5 | norm-equalised"
+    cores = cores_of(subspace, Blend.parse(text))
+    with attach(pipeline, subspace) as handle:
+        handle.set_blend(text)
+        for path, layer in handle.layers.items():
+            acting = [update.middle[0].mT for update in layer.updates]
+            assert (path in cores) == bool(acting)
+            if acting:
+                torch.testing.assert_close(cores[path], acting[0])
+
+
+@pytest.mark.parametrize("text", ["ink[steps=0.2..1]", "owl + ink:0.5[region=left]"])
+def test_what_changes_over_steps_or_places_is_refused(text, tmp_path):
+    subspace = subspace_on(small_sd())
+    with pytest.raises(ValueError, match=r"ink: .*cannot be put into weights"):
+        export(subspace, text, tmp_path / "blend.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -369,6 +369,9 @@ def write_pipeline(
         requires_safety_checker=False,
     ).to(torch.float16)
     pipeline.save_pretrained(folder)
+    config = folder / "vae" / "config.json"
+    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(words / name, folder / "tokenizer" / name)
     weights = folder / "text_encoder" / "model.safetensors"

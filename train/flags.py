@@ -76,7 +76,7 @@ class ConceptSettings:
     basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
     budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")
     retain: float = flag(0.999, "share of the new concept's energy that the merge keeps")
-    targets: str = flag("attention", "layers: attention, attention+ff, all-linear or a regular expression")
+    targets: str = flag("attention+ff", "layers: attention, attention+ff, all-linear or a regular expression")
     train_text_encoder: bool = flag(True, "adapt the text encoder's layers as well")
     # the objective
     prediction_type: str | None = flag(None, "what a diffusion base predicts, where its config is wrong",
@@ -88,7 +88,7 @@ class ConceptSettings:
     # optimisation
     train_batch_size: int = flag(8, "pictures per step and process")
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
-    max_train_steps: int = flag(200, "optimizer steps")
+    max_train_steps: int = flag(400, "optimizer steps")
     num_train_epochs: int | None = flag(None, "passes over the pictures, in place of steps", aliases=("max_train_epochs",))
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip

@@ -20,7 +20,7 @@ from share_diffusion.export.metadata import About, about, hashes, lora_metadata,
 from share_diffusion.export.pipeline import write_pipeline
 from share_diffusion.export.preview import draw_preview, write_preview
 from share_diffusion.export.verify import Verdict, lines, verify
-from share_diffusion.export.weighted import Weighted, weighted
+from share_diffusion.export.weighted import Weighted, cores_of, weighted
 from share_diffusion.export.whole import in_the_way, require_room, staged
 from share_diffusion.lora import LoRA
 from share_diffusion.lora.peft import write_peft
@@ -150,7 +150,7 @@ def prepared(
     preview: bool,
 ) -> Task:
     """Return the export with its LoRA made, its family known and its preview drawn."""
-    cores = subspace.blend(blend.weights)
+    cores = cores_of(subspace, blend)
     # An untouched base may be fused into nothing; a LoRA of nothing is an error that `weighted` words.
     made = None if format in FUSED and not cores else weighted(subspace, cores, rank)
     family = family_in(subspace, pipeline)

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from share_diffusion.active import Active
 from share_diffusion.basis import RANK_TOLERANCE, thin_svd
+from share_diffusion.blend import Blend
+from share_diffusion.cores import CoreTable
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.models.blocks import block_groups
 from share_diffusion.subspace import Subspace
 
 
@@ -27,6 +31,25 @@ class Weighted:
     lora: LoRA
     rank: int
     error: float
+
+
+def cores_of(subspace: Subspace, blend: Blend) -> dict[str, Tensor]:
+    """Return the core (k', k) of every layer that a blend changes, block groups and merge methods included.
+
+    A LoRA acts everywhere and at every step: a blend with regions or a schedule is a ValueError that names its terms.
+    """
+    if moving := [term.name for term in blend.terms if term.steps or term.region]:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(moving))}: [steps=...] and [region=...] cannot be put into weights, which act at every "
+            "step and everywhere; leave these options out, or export the concepts one by one and schedule them there"
+        )
+    if blend.plain:
+        return subspace.blend(blend.weights)
+    table = CoreTable(subspace, block_groups(subspace.layers))
+    active = Active([blend], table, {})
+    moment = active.moment(0.0)
+    acting, flat = active.layers(moment), active.flat(moment, 0, table.width)[0, 0]
+    return {layer: core.mT for layer, core in table.split(flat) if layer in acting}
 
 
 def weighted(subspace: Subspace, cores: Mapping[str, Tensor], rank: int | None = None) -> Weighted:
