@@ -14,7 +14,7 @@ from share_diffusion.models.identity import identify
 def gradient(pipeline):
     """The gradient of a prediction with respect to its noisy latents."""
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(1, 4, 16, 16, generator=generator)[:, : pipeline.unet.config.in_channels].requires_grad_()
+    noisy = torch.randn(1, pipeline.unet.config.in_channels, 16, 16, generator=generator).requires_grad_()
     tokens = pipeline.tokenizer(["a red house"], padding="max_length", return_tensors="pt").input_ids
     predict(pipeline, noisy, torch.tensor([300]), {"text_encoder": tokens}).square().mean().backward()
     return noisy.grad
