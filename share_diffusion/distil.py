@@ -30,10 +30,11 @@ from share_diffusion.basis import Basis, Coefficients, factor_core, project
 from share_diffusion.layer import Update
 from share_diffusion.learning import Denoiser, Frozen, Materials, fast_attention, rate_factor
 from share_diffusion.lora import LoRA
+from share_diffusion.models import family_of
 from share_diffusion.models.identity import weight_of
 from share_diffusion.models.layers import layers as layers_of
-from share_diffusion.models.stable_diffusion import tokenize
-from share_diffusion.objective import Draw, draw
+from share_diffusion.models.texts import tokenize
+from share_diffusion.objective import Draw, add_noise, draw
 from share_diffusion.subspace import Subspace
 
 HELD_OUT = 4  # one prompt in so many is kept for measuring
@@ -163,7 +164,8 @@ class Lesson:
         drawn = [
             self.draw_latents(some, updates, seed) for some, updates in zip(halves, (self.teacher, {}), strict=True) if some
         ]
-        return Materials(torch.cat(drawn), tokenize(self.pipeline, [*halves[0], *halves[1]]), (*halves[0], *halves[1]))
+        every = (*halves[0], *halves[1])
+        return Materials(torch.cat(drawn), tokenize(family_of(self.pipeline), self.pipeline, every), every)
 
     def draw_latents(self, prompts: Sequence[str], updates: Mapping[str, list[Update]], seed: int) -> Tensor:
         """Return one picture's latents for each prompt, (n, c, h, w)."""
@@ -195,24 +197,26 @@ class Lesson:
 
     def draw(self, materials: Materials, step: int) -> Draw:
         """Return which latents a step sees, at which times and with which noise."""
-        times = self.pipeline.scheduler.config.num_train_timesteps
         shape = tuple(materials.latents.shape[1:])
-        return draw(len(materials), self.settings.batch, shape, times, self.settings.seed, step)
+        return draw(self.pipeline, len(materials), self.settings.batch, shape, self.settings.seed, step)
 
     def loss(self, model: nn.Module, materials: Materials, drawn: Draw) -> Tensor:
         """Return the mean squared distance of a model's prediction to the teacher's."""
-        noisy, times, tokens = self.inputs(materials, drawn)
+        noisy, times, conditions = self.inputs(materials, drawn)
         with torch.no_grad(), self.active(self.teacher):
-            wanted = self.frozen(noisy, times, tokens).float()
+            wanted = self.frozen(noisy, times, conditions).float()
         with fast_attention(self.device):
-            return F.mse_loss(model(noisy, times, tokens).float(), wanted)
+            return F.mse_loss(model(noisy, times, conditions).float(), wanted)
 
-    def inputs(self, materials: Materials, drawn: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noisy latents, times and token ids of a step, on the device."""
-        latents, noise = materials.latents[drawn.indices].to(self.device), drawn.noise.to(self.device)
-        times = drawn.times.to(self.device)
-        noisy = self.pipeline.scheduler.add_noise(latents, noise, times)
-        return noisy, times, materials.tokens[drawn.indices].to(self.device)
+    def inputs(self, materials: Materials, drawn: Draw) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return noisy latents, times and the family's inputs of a step, on the device."""
+        latents, noise, times = (
+            materials.latents_of(drawn, self.device),
+            drawn.noise.to(self.device),
+            drawn.times.to(self.device),
+        )
+        noisy = add_noise(self.pipeline, latents, noise, times)
+        return noisy, times, materials.conditions_of(drawn, self.device)
 
     @contextmanager
     def active(self, updates: Mapping[str, Sequence[Update]]) -> Iterator[None]:
