@@ -1,0 +1,98 @@
+"""Every English sentence of the page, in one place."""
+
+from __future__ import annotations
+
+
+class Words:
+    """What the page says, by what it is for."""
+
+    title = "Share"
+    not_done = "Not done"
+    unexpected = "Something went wrong on this side; the terminal tells more."
+
+    tab_draw = "Draw"
+    tab_compare = "Compare"
+    tab_regions = "Regions"
+    tab_learn = "Learn"
+    tab_inside = "Inside"
+
+    prompt = "Prompt"
+    prompt_hint = "a robot on a beach  (Enter draws)"
+    blend = "Blend"
+    blend_empty = "Choose concepts from the cards. Each gets a slider."
+    written = "Blend as text"
+    written_hint = "watercolor:0.8 + robot:0.5"
+    draw = "Draw"
+    stop = "Stop"
+    count = "Pictures"
+    seed = "Seed"
+    fresh_seed = "New seed each time"
+    more = "More settings"
+    negative = "Negative prompt"
+    steps = "Steps"
+    guidance = "Guidance"
+    sampler = "Sampler"
+    width = "Width"
+    height = "Height"
+
+    canvas = "Picture"
+    batch = "Pictures just drawn"
+    idle = "Ready."
+    waiting = "Waiting for the model …"
+    stopped = "Stopped; nothing was kept."
+    history = "History"
+    history_empty = "What you draw appears here and stays after a restart."
+    take_settings = "Use its settings"
+    remove_picture = "Delete it"
+    removed = "Deleted."
+    newer = "Newer"
+    older = "Older"
+
+    concepts = "Concepts"
+    search = "Search"
+    search_hint = "name or trigger"
+    kind = "Kind"
+    kinds = (("All", "all"), ("Styles", "style"), ("Subjects", "subject"))
+    concepts_empty = "No concept is called that."
+    no_subspace = (
+        "No concept has been learned yet. One command makes a subspace with eight: "
+        "accelerate launch train/sequence.py --concepts watercolor blueprint robot owl mosaic neon penguin embroidery"
+        " — or teach your own under Learn."
+    )
+    previous = "Previous"
+    next = "Next"
+
+    restore = "Settings from a picture"
+    restore_file = "Drop a picture drawn here"
+    restore_table = "What would change"
+    restore_none = "There are no settings of this page in that picture."
+    restore_same = "That picture has the settings that are set already."
+    apply = "Apply"
+    cancel = "Cancel"
+    applied = "Settings taken over."
+
+    export = "Export this blend"
+    export_format = "Format"
+    export_name = "File name"
+    export_build = "Build the file"
+    export_download = "Download"
+
+    def facts(self, base: str, file: str, count: int) -> str:
+        """Say what is open."""
+        return f"{base} · {file or 'no subspace file'} · {count:,} concept{'' if count == 1 else 's'}"
+
+    def page(self, number: int, pages: int, count: int) -> str:
+        """Say which page of how many things is shown."""
+        return f"{count:,} · page {number + 1:,} of {pages:,}" if pages > 1 else f"{count:,}"
+
+    def step(self, step: int, steps: int) -> str:
+        """Say how far a drawing is."""
+        return f"Step {step} of {steps}"
+
+    def drawn(self, count: int, seconds: float, seed: int) -> str:
+        """Say what was drawn."""
+        seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"
+        return f"{count} picture{'' if count == 1 else 's'} in {seconds:.1f} s, {seeds}"
+
+
+WORDS = Words()
