@@ -315,7 +315,7 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
     ]
 
     @spoken
-    def draw(fresh: bool, *form: Any, request: gr.Request) -> Iterator[Any]:
+    def draw(request: gr.Request, fresh: bool, *form: Any) -> Iterator[Any]:
         wish = wish_of(engine, form)
         if fresh:
             wish = wish.changed(seed=random.randrange(2**32))
