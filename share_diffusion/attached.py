@@ -15,13 +15,22 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from share_diffusion.active import Active, Moment
 from share_diffusion.blend import Blend
-from share_diffusion.layer import ShareLayer, Update, cast_update, core_update, wrap
+from share_diffusion.cores import CoreTable
+from share_diffusion.layer import ShareLayer, Update, cast_update, wrap
+from share_diffusion.models.blocks import block_groups, sees_text
+from share_diffusion.models.calls import order_of_samples, progress, read_call
 from share_diffusion.models.identity import identify, weight_of
-from share_diffusion.models.layers import layers, parent_of, shape_of
+from share_diffusion.models.layers import components, layers, parent_of, shape_of
+from share_diffusion.regions import Field, read_mask
 from share_diffusion.subspace import Subspace
+
+TEXT, DENOISER = "text_encoder", "denoiser"
 
 
 class Attached:
@@ -58,38 +67,124 @@ class Attached:
 
 
 class AttachedSubspace(Attached):
-    """A subspace on a pipeline, with a blend of its concepts active."""
+    """A subspace on a pipeline, with a blend of its concepts active, or one for every sample of a batch."""
 
     def __init__(self, pipeline: Any, subspace: Subspace) -> None:
         self.subspace = subspace
-        self.blend = Blend({})
+        self.blends = [Blend()]
+        self.hooks: list[RemovableHandle] = []
         super().__init__(pipeline, sorted(subspace.layers))
         self.bases = {
             path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]))
             for path, basis in subspace.layers.items()
         }
+        self.table = CoreTable(subspace, block_groups(layers(pipeline).keys() & subspace.layers.keys()))
+        self.active = Active(self.blends, self.table, {})
+        self.shown: dict[str, tuple[Moment, tuple[int, ...] | None]] = {}
+        self.field: Field | None = None
 
-    def set_blend(self, blend: Blend | str | Mapping[str, float] | None) -> Blend:
+    @property
+    def blend(self) -> Blend:
+        """The active blend (the first sample's where each has its own)."""
+        return self.blends[0]
+
+    def set_blend(self, blend: Blend | str | Mapping[str, float] | None, *, masks: Mapping[str, Any] | None = None) -> Blend:
         """Make a blend active, e.g. "watercolor:0.8 + robot:0.5"; None or "" is the untouched base.
 
-        An unknown concept is a ValueError that lists the known ones, and changes nothing.
+        `masks` are the pictures (or tensors of 0 to 1) of its regions `@name`. An unknown concept, block group or mask is
+        a ValueError that lists the known ones, and changes nothing.
         """
+        return self.set_blends([blend], masks=masks)[0]
+
+    def set_blends(
+        self, blends: Sequence[Blend | str | Mapping[str, float] | None], *, masks: Mapping[str, Any] | None = None
+    ) -> list[Blend]:
+        """Make one blend per sample active: draw with as many prompts, in a list (and negative prompts, if any, as well)."""
         if not self.layers:
             raise ValueError("this handle is detached; attach the subspace again")
-        chosen = Blend.of(blend)
-        cores = self.subspace.blend(chosen.weights)
-        self.set({path: [self.update(path, core)] for path, core in cores.items()})
-        self.blend = chosen
+        if not blends:
+            raise ValueError("there is no blend; give one for every sample")
+        chosen = [Blend.of(blend) for blend in blends]
+        pictures = {name: read_mask(name, picture) for name, picture in (masks or {}).items()}
+        active = Active(chosen, self.table, pictures)
+        self.active, self.blends, self.field, self.shown = active, chosen, None, {}
+        self.show(TEXT, active.moment(None), None)
+        self.show(DENOISER, active.moment(0.0), None)
+        self.watch()
         return chosen
 
-    def update(self, path: str, core: Any) -> Update:
-        """Return one layer's update of a core (k', k), on the layer's device."""
-        basis = self.bases[path]
-        return core_update(basis.alpha, core.to(basis.alpha), basis.beta)
+    def show(self, part: str, moment: Moment, index: Tensor | None) -> None:
+        """Give the layers of the text encoders or of the denoiser what acts at a moment, in the samples' order."""
+        key = moment, None if index is None else tuple(index.tolist())
+        if self.shown.get(part) == key:
+            return
+        start, stop = (0, self.table.text) if part == TEXT else (self.table.text, self.table.width)
+        cores, acting = self.active.flat(moment, start, stop), self.active.layers(moment)
+        updates: dict[str, Update] = {}
+        if moment.regional:
+            shares = self.active.shares(moment)
+            self.field = Field(moment.columns, self.active.masks, shares)
+            words = {path for path in acting if sees_text(path)}
+            updates |= self.updates((shares[..., None] * cores).sum(1, keepdim=True), words, index, start)
+            updates |= self.updates(cores, acting - words, index, start, self.field)
+        else:
+            updates |= self.updates(cores, acting, index, start)
+        for path, layer in self.layers.items():
+            if path.startswith(TEXT) == (part == TEXT):
+                layer.set([updates[path]] if path in updates else ())
+        self.shown[part] = key
+
+    def updates(
+        self, cores: Tensor, acting: set[str], index: Tensor | None, start: int, where: Field | None = None
+    ) -> dict[str, Update]:
+        """Return the updates of some layers from cores (S, C, N), on the layers' devices and in their precision."""
+        if len(cores) > 1 and index is not None:
+            cores = cores[index]
+        found: dict[str, Update] = {}
+        for like in {(basis.alpha.dtype, basis.alpha.device): basis.alpha for basis in self.bases.values()}.values():
+            for path, core in self.table.split(cores.to(like), start):
+                basis = self.bases[path]
+                if path in acting and (basis.alpha.dtype, basis.alpha.device) == (like.dtype, like.device):
+                    middle = core.flatten(1, 2)
+                    found[path] = Update(basis.alpha, (middle if len(middle) > 1 else middle[0],), basis.beta, where)
+        return found
+
+    def watch(self) -> None:
+        """Follow the pipeline's calls where the blends depend on them: on the step, the picture's shape or the sample."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, several = [], len(self.blends) > 1
+        for name, module in components(self.pipeline).items():
+            if name.startswith(TEXT) and several:
+                self.hooks.append(module.register_forward_pre_hook(self.before_text, with_kwargs=True))
+            elif not name.startswith(TEXT) and (several or self.active.changing or self.active.regional):
+                self.hooks.append(module.register_forward_pre_hook(self.before_denoiser, with_kwargs=True))
+
+    @torch.compiler.disable
+    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Put the samples' blends in the order of a text encoder's batch."""
+        ids = args[0] if args else kwargs["input_ids"]
+        moment = self.active.moment(None)
+        if any(path.startswith(TEXT) for path in self.active.layers(moment)):
+            self.show(TEXT, moment, order_of_samples(None, len(self.blends), len(ids)))
+
+    @torch.compiler.disable
+    def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give the denoiser's layers what acts at the step, for the samples and the picture's shape of a call."""
+        call = read_call(module, args, kwargs)
+        several = len(self.blends) > 1
+        index = order_of_samples(self.pipeline, len(self.blends), call.samples) if several else None
+        moment = self.active.moment(progress(self.pipeline, call.time) if self.active.changing else 0.0)
+        self.show(DENOISER, moment, index)
+        if moment.regional and self.field is not None:
+            self.field.frame(call.grids, call.words, index)
 
     def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
         super().detach()
-        self.bases, self.blend = {}, Blend({})
+        self.hooks, self.bases, self.blends = [], {}, [Blend()]
+        self.active, self.field, self.shown = Active(self.blends, self.table, {}), None, {}
 
 
 def attach(pipeline: Any, subspace: Subspace, *, strict: bool = True) -> AttachedSubspace:

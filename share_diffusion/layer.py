@@ -5,6 +5,10 @@
 An update is a chain of matrices: `alpha` (in, k) first, `beta` (out, k') last, small `middle` matrices (rows, columns)
 between them, applied in order. A blend is one update whose middle is the blended core; a concept in training is one or
 two updates whose coefficients (and temporary factors) are parameters. With no update the layer *is* its base.
+
+A middle matrix with a batch dimension in front gives every sample its own core. With masks `where`, the middle holds one
+core per region, one under the other, (regions k, k'), and y(p) = beta sum_i m_i(p) C_i alpha.T x(p): alpha.T x is computed
+once however many regions there are.
 """
 
 from __future__ import annotations
@@ -17,20 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from share_diffusion.regions import Field
+
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank path through a layer: `alpha` (in, k), `middle` matrices, `beta` (out, k')."""
+    """One low-rank path through a layer: `alpha` (in, k), `middle` matrices, `beta` (out, k'), masks of regions."""
 
     alpha: Tensor
     middle: tuple[Tensor, ...]
     beta: Tensor
+    where: Field | None = None
 
     def to(self, like: Tensor) -> Update:
         """Return the update on the device and in the precision of a tensor."""
         if self.alpha.device == like.device and self.alpha.dtype == like.dtype:
             return self
-        return Update(self.alpha.to(like), tuple(matrix.to(like) for matrix in self.middle), self.beta.to(like))
+        return Update(self.alpha.to(like), tuple(matrix.to(like) for matrix in self.middle), self.beta.to(like), self.where)
 
 
 class ShareLayer(nn.Module):
@@ -59,8 +66,15 @@ class ShareLayer(nn.Module):
     def path(self, inputs: Tensor, update: Update) -> Tensor:
         """Return one update's contribution."""
         hidden = inputs.to(update.alpha.dtype) @ update.alpha
+        if update.where is not None:
+            masks = update.where.means(hidden) if hidden.ndim == 2 else update.where.tokens(hidden.shape[-2], hidden)
+            hidden = (masks[..., None] * hidden[..., None, :]).flatten(-2)
         for matrix in update.middle:
-            hidden = hidden @ matrix
+            if matrix.ndim == 2:
+                hidden = hidden @ matrix
+            else:
+                wide = hidden[:, None] if hidden.ndim == 2 else hidden
+                hidden = (wide @ fitting(matrix, wide)).view(*hidden.shape[:-1], -1)
         return hidden @ update.beta.mT
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,9 +103,22 @@ class ShareConv(ShareLayer):
         if base.padding_mode != "zeros":
             inputs, padding = F.pad(inputs, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         hidden = F.conv2d(inputs, kernel, stride=base.stride, padding=padding, dilation=base.dilation)
+        if update.where is not None:
+            masks = update.where.map(*hidden.shape[-2:], hidden)
+            hidden = (masks[:, :, None] * hidden[:, None]).flatten(1, 2)
         for matrix in update.middle:
-            hidden = F.conv2d(hidden, matrix.mT[:, :, None, None])
+            if matrix.ndim == 2:
+                hidden = F.conv2d(hidden, matrix.mT[:, :, None, None])
+            else:
+                hidden = (fitting(matrix, hidden).mT @ hidden.flatten(2)).unflatten(2, hidden.shape[2:])
         return F.conv2d(hidden, update.beta[:, :, None, None])
+
+
+def fitting(matrix: Tensor, hidden: Tensor) -> Tensor:
+    """Return the samples' matrices (B, k, k') if the layer sees that many samples."""
+    if matrix.shape[0] != hidden.shape[0]:
+        raise ValueError(f"blends are set for {matrix.shape[0]} samples, but a layer sees {hidden.shape[0]}")
+    return matrix
 
 
 def wrap(base: nn.Module) -> ShareLayer:
