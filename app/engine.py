@@ -8,10 +8,11 @@ or by another program: `refresh` attaches the new one between two drawings.
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ import torch
 from PIL import Image
 
 from app.cards import Card, CardPictures, card_of
+from app.export import FORMATS, write_blend
 from app.history import History
+from app.job import Job, Lesson, names_in
+from app.masks import read_masks
 from app.preview import Previewer
 from app.samplers import samplers_of
-from app.wish import Limits, Wish
+from app.wish import FIELDS, Limits, Wish
 from share_diffusion.attached import AttachedSubspace, attach
 from share_diffusion.base import TINY, base_name, load_base
 from share_diffusion.blend import Blend
-from share_diffusion.drawing import Sampling, generate, save_png
+from share_diffusion.drawing import BATCH, Sampling, generate, save_png
 from share_diffusion.models.identity import weights_of
-from share_diffusion.models.stable_diffusion import native_resolution
 from share_diffusion.subspace import Subspace
 
 READY_MADE = TINY.parent / "concepts.safetensors"
 CARD_SEED = 7
 PREVIEW_EVERY = 3
+Tell = Callable[["Frame"], None]
 
 
 class Stopped(Exception):
@@ -73,28 +77,21 @@ class Engine:
         self.wanted: list[str] = []
         self.drawn = 0
         self.waiting = 0
+        self.job: Job | None = None
         self.refresh()
         threading.Thread(target=self.draw_cards, daemon=True, name="card pictures").start()
 
     @property
     def limits(self) -> Limits:
         """What may be asked for with this base."""
-        return Limits(native_resolution(self.pipeline), tuple(self.samplers))
+        return Limits(Sampling().resolved(self.pipeline).width or 64, tuple(self.samplers))
 
     @property
     def start(self) -> Wish:
         """The base's own settings, with nothing asked for yet."""
         sampling = Sampling().resolved(self.pipeline)
-        assert sampling.steps and sampling.guidance_scale is not None
-        assert (sampling.width or 0) > 0
-        assert (sampling.height or 0) > 0
-        return Wish(
-            steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            sampler=next(iter(self.samplers)),
-            width=sampling.width,
-            height=sampling.height,
-        )
+        chosen = {name: value for name, value in asdict(sampling).items() if name in FIELDS}
+        return Wish(**chosen, sampler=next(iter(self.samplers)))
 
     def refresh(self) -> bool:
         """Attach the subspace file's present content; returns whether it had changed."""
@@ -114,18 +111,20 @@ class Engine:
             self.cards = {name: card_of(concept, version) for name, concept in subspace.concepts.items()}
         return True
 
-    def draw(self, wish: Wish, stop: threading.Event | None = None, *, keep: bool = True) -> Iterator[Frame]:
+    def draw(self, wishes: Sequence[Wish], stop: threading.Event | None = None, *, keep: bool = True) -> Iterator[Frame]:
         """Yield a frame after every step; leaving the loop, or setting `stop`, ends the drawing within a step.
 
-        The last frame has the finished pictures, written to the history if `keep`, else only as previews.
+        The wishes may differ in prompt, blend and seed and are drawn as one batch. The last frame has the finished
+        pictures, written to the history if `keep`.
         """
         stop = stop or threading.Event()
         frames: queue.Queue[Frame | BaseException | None] = queue.Queue()
+        each = [one for wish in wishes for one in wish.each()]
 
         def work() -> None:
             try:
                 with self.for_people():
-                    frames.put(self.finished(wish, self.pictures_of(wish, stop, frames.put), keep))
+                    frames.put(self.finished(each, self.pictures_of(each, stop, frames.put), keep))
             except BaseException as error:
                 frames.put(error)
             frames.put(None)
@@ -154,57 +153,114 @@ class Engine:
             if not self.waiting:
                 self.people.clear()
 
-    def pictures_of(self, wish: Wish, stop: threading.Event, tell: Any = None) -> list[Image.Image]:
-        """Return the wish's pictures; the caller holds the lock."""
-        sampling = self.sampling(wish)
-        self.set_blend(wish.blend)
-        self.pipeline.scheduler = self.samplers[wish.sampler]
-        self.previewer.start()
+    def pictures_of(self, wishes: Sequence[Wish], stop: threading.Event, tell: Tell | None = None) -> list[Image.Image]:
+        """Return one picture for each wish, drawn in batches; the caller holds the lock."""
+        pictures: list[Image.Image] = []
+        rounds = [wishes[start : start + BATCH] for start in range(0, len(wishes), BATCH)]
+        self.pipeline.scheduler = self.samplers[wishes[0].sampler]
+        try:
+            for number, some in enumerate(rounds):
+                self.set_blends(some)
+                self.previewer.start()
+                watch = self.watcher(stop, tell, number, len(rounds), pictures)
+                prompts, seeds = [wish.prompt for wish in some], [wish.seed for wish in some]
+                pictures = pictures + generate(self.pipeline, prompts, seeds, self.sampling(some[0]), watch=watch)
+        finally:
+            self.pipeline.scheduler = next(iter(self.samplers.values()))
+        return pictures
+
+    def watcher(
+        self, stop: threading.Event, tell: Tell | None, number: int, rounds: int, done: list[Image.Image]
+    ) -> Callable[[int, torch.Tensor], None]:
+        """Return what looks on after every step of one batch: it stops the drawing, or tells of it."""
 
         def watch(step: int, latents: torch.Tensor) -> None:
             if stop.is_set():
                 raise Stopped
             if tell is None:
                 return
+            steps = len(self.pipeline.scheduler.timesteps)
             seen = self.previewer.see(step, latents)
-            due = step % PREVIEW_EVERY == PREVIEW_EVERY - 1 and step + 1 < wish.steps
-            tell(Frame(step + 1, wish.steps, self.previewer.pictures(seen) if due else ()))
+            due = step % PREVIEW_EVERY == PREVIEW_EVERY - 1 and step + 1 < steps
+            tell(Frame(number * steps + step + 1, rounds * steps, [*done, *self.previewer.pictures(seen)] if due else ()))
 
-        seeds = [wish.seed + index for index in range(wish.count)]
-        try:
-            return generate(self.pipeline, [wish.prompt] * wish.count, seeds, sampling, watch=watch)
-        finally:
-            self.pipeline.scheduler = next(iter(self.samplers.values()))
+        return watch
 
-    def set_blend(self, written: str) -> None:
-        """Make a blend active; without a subspace only the untouched base can be drawn."""
-        if self.handle is not None:
-            self.handle.set_blend(written)
-        elif Blend.parse(written).weights:
-            raise ValueError("no subspace file is open, so there is no concept to blend; learn one first")
+    def set_blends(self, wishes: Sequence[Wish]) -> None:
+        """Make the wishes' blends active, each for its own picture; without a subspace only the base can be drawn."""
+        masks = {name: text for wish in wishes for name, text in wish.masks.items()}
+        blends = [wish.blend for wish in wishes]
+        if self.handle is None:
+            if any(Blend.parse(blend).terms for blend in blends):
+                raise ValueError("no subspace file is open, so there is no concept to blend; learn one first")
+        elif len(set(blends)) == 1:
+            self.handle.set_blend(blends[0], masks=read_masks(masks))
+        else:
+            self.handle.set_blends(blends, masks=read_masks(masks))
 
     def sampling(self, wish: Wish) -> Sampling:
         """Return the wish's settings as the library takes them."""
         return Sampling(wish.steps, wish.guidance_scale, wish.negative_prompt, wish.width, wish.height)
 
-    def finished(self, wish: Wish, pictures: list[Image.Image], keep: bool) -> Frame:
+    def finished(self, wishes: Sequence[Wish], pictures: list[Image.Image], keep: bool) -> Frame:
         """Return the last frame of a drawing."""
+        steps = len(self.pipeline.scheduler.timesteps)
         if not keep:
-            return Frame(wish.steps, wish.steps, pictures)
-        facts = self.facts(wish)
-        seeds = range(wish.seed, wish.seed + wish.count)
+            return Frame(steps, steps, pictures)
         ids = [
-            self.history.add(picture, wish.prompt, seed, self.sampling(wish), wish.blend, facts)
-            for seed, picture in zip(seeds, pictures, strict=True)
+            self.history.add(picture, wish.prompt, wish.seed, self.sampling(wish), wish.blend, self.facts(wish))
+            for wish, picture in zip(wishes, pictures, strict=True)
         ]
-        return Frame(wish.steps, wish.steps, pictures, ids)
+        return Frame(steps, steps, pictures, ids)
 
     def facts(self, wish: Wish) -> dict[str, Any]:
         """Return what a picture records beside its settings: names only, no path."""
-        facts = {"base": base_name(self.base), "sampler": wish.sampler}
+        facts: dict[str, Any] = {"base": base_name(self.base), "sampler": wish.sampler}
+        if wish.masks:
+            facts["masks"] = dict(wish.masks)
         if self.subspace is not None and self.file is not None:
             facts |= {"subspace": self.file.name, "basis_version": self.subspace.basis_version}
         return facts
+
+    @property
+    def formats(self) -> list[str]:
+        """In which forms a blend can be exported."""
+        return list(FORMATS)
+
+    def export(self, blend: str, name: str, kind: str) -> Path:
+        """Write a blend as a file that other programs read and return where it is."""
+        self.refresh()
+        if self.subspace is None:
+            raise ValueError("no subspace file is open, so there is nothing to export; learn a concept first")
+        return write_blend(self.subspace, blend, name, kind, self.folder / "exports")
+
+    def learn(self, pictures: Sequence[str], name: str, kind: str, trigger: str, steps: Any) -> Job:
+        """Start learning a concept in its own process and return the job; one at a time."""
+        if self.job is not None:
+            raise ValueError("a concept is being learned already; wait for it, or cancel it")
+        lesson = Lesson.of(pictures, name, kind, trigger, steps, names_in(self.file))
+        self.job = Job(lesson, self.own_file(), self.base, self.folder / "lessons")
+        try:
+            self.job.start()
+        except ValueError:
+            self.job = None
+            raise
+        return self.job
+
+    def own_file(self) -> Path:
+        """Return the subspace file that learning may change: the ready-made one is copied first, and the copy opened."""
+        if self.file is None or self.file == READY_MADE:
+            own = own_place(self.folder, self.base)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            if self.file is not None and not own.exists():
+                shutil.copyfile(self.file, own)
+            self.file = own
+        return self.file
+
+    def cancel_learning(self) -> None:
+        """End the running lesson, if there is one."""
+        if (job := self.job) is not None:
+            job.cancel()
 
     def want_cards(self, cards: Sequence[Card]) -> int:
         """Ask for these cards' pictures next and return how many are still to be drawn."""
@@ -232,7 +288,7 @@ class Engine:
         """Draw one card's picture at the fixed seed, its concept alone, unless a person comes in between."""
         wish = self.start.changed(prompt=card.example, blend=str(Blend({card.name: card.weight})), seed=CARD_SEED)
         with self.lock:
-            picture = self.pictures_of(wish, self.people)[0]
+            picture = self.pictures_of([wish], self.people)[0]
         save_png(picture, self.pictures.path(card))
         self.drawn += 1
 
@@ -242,7 +298,12 @@ def open_engine(base: str, file: Path | None, folder: Path, *, device: str = "cp
     if file is not None and not file.is_file():
         raise ValueError(f"there is no subspace file {file}; learn one, or leave --subspace away")
     pipeline = load_base(base, device=device, local_files_only=local_files_only)
-    own = folder.parent / base_name(base) / "subspace.safetensors"
+    own = own_place(folder, base)
     ready = READY_MADE if base == "tiny" else None
     chosen = file or (own if own.is_file() else ready if ready and ready.is_file() else None)
     return Engine(pipeline, base, folder, chosen)
+
+
+def own_place(folder: Path, base: str) -> Path:
+    """Return where a base's subspace file is learned: beside the page's own folder, as the training scripts do."""
+    return folder.parent / base_name(base) / "subspace.safetensors"

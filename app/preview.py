@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from share_diffusion.models.stable_diffusion import decode_latents
 from share_diffusion.pictures import to_picture
 
 SMALL = 32 * 32  # positions of a latent up to which the decoder itself is used
@@ -49,7 +48,7 @@ class Previewer:
         if latents.ndim != 4:
             return []
         if latents.shape[2] * latents.shape[3] <= SMALL:
-            return [to_picture(picture) for picture in decode_latents(self.pipeline, latents).nan_to_num()]
+            return [to_picture(picture) for picture in decoded(self.pipeline.vae, latents).nan_to_num()]
         return self.rough(latents)
 
     @torch.no_grad()
@@ -76,12 +75,19 @@ def noise_levels(scheduler: Any, step: int) -> tuple[tuple[float, float], tuple[
 
 
 @torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Return the pictures (n, 3, height, width) of scaled latents."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+@torch.no_grad()
 def fit_colours(pipeline: Any, channels: int) -> Tensor:
     """Return the linear map (channels + 1, 3) from a latent to the mean colour of its pixels, by least squares."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, channels, 4, 4, generator=generator)
     latents = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear").to(pipeline.vae.device)
-    pixels = decode_latents(pipeline, latents).cpu()
+    pixels = decoded(pipeline.vae, latents).cpu()
     means = torch.nn.functional.adaptive_avg_pool2d(pixels, latents.shape[2:])
     rows = torch.cat([latents.float().cpu(), torch.ones(4, 1, *latents.shape[2:])], 1).movedim(1, -1).reshape(-1, channels + 1)
     return torch.linalg.lstsq(rows, means.movedim(1, -1).reshape(-1, 3)).solution

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from app.masks import read_mask
 from share_diffusion.blend import Blend
 
 MOST_WEIGHT = 10.0
+MOST_TERMS = 64
 MOST_SEED = 2**53 - 1  # the largest integer that a browser holds exactly
 
 
@@ -48,12 +50,13 @@ class Wish:
     sampler: str = "DDIM"
     width: int = 64
     height: int = 64
+    masks: Mapping[str, str] = field(default_factory=dict)  # painted regions by name, each a small picture (see masks.py)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], limits: Limits, known: Sequence[str] | None = None) -> Wish:
         """Return the wish that the values make, or raise ValueError with everything that is wrong with them."""
         clean, problems = checked(values, limits)
-        blend, wrong = checked_blend(str(clean.get("blend", "")), known)
+        blend, wrong = checked_blend(str(clean.get("blend", "")), known, tuple(clean.get("masks", ())))
         if problems + wrong:
             raise ValueError("; ".join(problems + wrong))
         return cls(**{**clean, "blend": blend})
@@ -62,13 +65,17 @@ class Wish:
         """Return the wish with some values replaced."""
         return replace(self, **values)
 
+    def each(self) -> list[Wish]:
+        """Return one wish for every picture of this one."""
+        return [replace(self, seed=self.seed + index, count=1) for index in range(self.count)]
+
     @property
     def values(self) -> dict[str, Any]:
         """The wish as plain values, by field."""
         return asdict(self)
 
 
-FIELDS = tuple(field.name for field in fields(Wish))
+FIELDS = tuple(entry.name for entry in fields(Wish))
 TEXTS = ("prompt", "negative_prompt", "blend")
 
 
@@ -90,6 +97,8 @@ def checked_value(name: str, value: Any, limits: Limits) -> Any:
     """Return one value in its type and range, or raise ValueError that tells the range."""
     if name in TEXTS:
         return checked_text(name, value, limits)
+    if name == "masks":
+        return checked_masks(value)
     if name == "sampler":
         if value not in limits.samplers:
             raise ValueError(f"sampler is {str(value)[:40]!r}; it is one of {', '.join(limits.samplers)}")
@@ -133,20 +142,35 @@ def number(name: str, value: Any, least: float, most: float) -> float:
     return found
 
 
-def checked_blend(text: str, known: Sequence[str] | None) -> tuple[str, list[str]]:
+def checked_blend(text: str, known: Sequence[str] | None, masks: Sequence[str] = ()) -> tuple[str, list[str]]:
     """Return a blend as it is written, and what is wrong with it."""
     try:
         blend = Blend.parse(text)
     except ValueError as error:
         return "", [str(error)]
     problems = [
-        f"weight {weight:g} of {name!r} is beyond {MOST_WEIGHT:g} in size"
-        for name, weight in blend.weights.items()
-        if abs(weight) > MOST_WEIGHT
+        f"weight {term.weight:g} of {term.name!r} is beyond {MOST_WEIGHT:g} in size"
+        for term in blend.terms
+        if abs(term.weight) > MOST_WEIGHT
     ]
+    if len(blend.terms) > MOST_TERMS:
+        problems.append(f"the blend has {len(blend.terms)} terms; at most {MOST_TERMS} are drawn")
+    if absent := [name for name in blend.masks if name not in masks]:
+        problems.append(f"region @{absent[0]} has not been painted; paint it under Regions, or give a box")
     if known is not None and (unknown := [name for name in blend.weights if name not in set(known)]):
         problems.append(f"unknown concept {', '.join(map(repr, unknown))}; this subspace holds {some(known)}")
     return str(blend), problems
+
+
+def checked_masks(value: Any) -> dict[str, str]:
+    """Return painted regions by name, or raise ValueError where one is not a small picture."""
+    if not isinstance(value, Mapping) or len(value) > MOST_TERMS:
+        raise ValueError("masks are a few pictures by name")
+    for name, picture in value.items():
+        if not isinstance(name, str) or not isinstance(picture, str):
+            raise ValueError("masks are a few pictures by name")
+        read_mask(picture)
+    return dict(value)
 
 
 def some(names: Sequence[str]) -> str:
@@ -159,12 +183,14 @@ def restored(settings: Mapping[str, Any], now: Wish, limits: Limits, known: Sequ
     clean, notes = checked(settings, limits)
     written = str(clean.pop("blend", ""))
     try:
-        weights = dict(Blend.parse(written).weights)
+        blend = Blend.parse(written)
     except ValueError:
-        weights, notes = {}, [*notes, "its blend cannot be read"]
-    absent = [name for name in weights if name not in set(known)]
-    if absent:
+        blend, notes = Blend(), [*notes, "its blend cannot be read"]
+    held, masks = set(known), set(clean.get("masks", ()))
+    if absent := [name for name in blend.names if name not in held]:
         notes.append(f"not in this subspace, left out: {some(absent)}")
-        written = str(Blend({name: weight for name, weight in weights.items() if name not in absent}))
-    clean["blend"] = written
+    if unpainted := [name for name in blend.masks if name not in masks]:
+        notes.append(f"regions that were not kept, left out: {some(unpainted)}")
+    terms = [term for term in blend.terms if term.name in held and not (term.region and term.region.mask in unpainted)]
+    clean["blend"] = str(Blend(terms, blend.method))
     return replace(now, **{**clean, "count": 1}), notes

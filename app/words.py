@@ -67,6 +67,9 @@ class Words:
     restore_table = "What would change"
     restore_none = "There are no settings of this page in that picture."
     restore_same = "That picture has the settings that are set already."
+    masks = "Painted regions"
+    now = "Now"
+    then = "In the picture"
     apply = "Apply"
     cancel = "Cancel"
     applied = "Settings taken over."
@@ -76,6 +79,38 @@ class Words:
     export_name = "File name"
     export_build = "Build the file"
     export_download = "Download"
+
+    learn_pictures = "Pictures of it (5 to 30)"
+    learn_name = "Name"
+    learn_trigger = "Trigger"
+    learn_trigger_hint = "the name, if empty"
+    learn_steps = "Steps"
+    learn_start = "Learn"
+    learn_loss = "Loss"
+    learn_sample = "Sample so far"
+    learn_idle = "Drop pictures of one thing or one style, name it, and learn. Earlier concepts stay as they are."
+    learn_starting = "Starting …"
+    learn_cancelling = "Cancelling; the subspace file stays as it was."
+
+    def lesson(self, state: str, step: int, steps: int, problem: str) -> str:
+        """Say how a lesson stands."""
+        return {
+            "starting": "Loading the base, reading the gradient …",
+            "learning": f"Step {step} of {steps}",
+            "merging": "Merging into the subspace …",
+            "done": "Learned. Its card is under Draw.",
+            "cancelled": "Cancelled. The subspace file is as it was.",
+            "failed": f"Not learned; the subspace file is as it was. {problem}",
+        }[state]
+
+    def learned(self, name: str, retention: dict[str, float]) -> str:
+        """Say what was kept of everything."""
+        kept = ", ".join(f"{other} {share:.4f}" for other, share in list(retention.items())[-6:])
+        return f"{name} is in the subspace. Retention now: {kept}"
+
+    def exported(self, name: str, size: int) -> str:
+        """Say what was written."""
+        return f"{name}, {size:,} bytes"
 
     def facts(self, base: str, file: str, count: int) -> str:
         """Say what is open."""

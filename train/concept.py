@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from share_diffusion.capacity import Capacity, parse_bytes
 from share_diffusion.checkpoint import find_state, save_state
 from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.describe import describe
-from share_diffusion.drawing import save_png
+from share_diffusion.drawing import generate, save_png
 from share_diffusion.interruption import Interruption
 from share_diffusion.learning import (
     Denoiser,
@@ -50,6 +51,7 @@ from share_diffusion.models.layers import select, shape_of
 from share_diffusion.models.stable_diffusion import native_resolution, too_long
 from share_diffusion.objective import Draw, draw
 from share_diffusion.plan import lora_numbers, plan, summary
+from share_diffusion.progress import ProgressFile
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.settings import flag, parse
 from share_diffusion.showcase import draw_base, draw_concepts, make_sheet
@@ -110,6 +112,8 @@ class ConceptSettings:
         None, "a checkpoint folder, latest, or auto (the latest if it fits this run)", aliases=("resume",)
     )
     sheet: bool = flag(True, "draw the contact sheet")
+    validation_steps: int | None = flag(None, "steps between two sample pictures while it learns (default: none)")
+    progress_file: str | None = flag(None, "a file of JSON lines that tells other programs how far the run is")
     local_files_only: bool = flag(False, "never ask the hub")
     cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
 
@@ -117,9 +121,11 @@ class ConceptSettings:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; what the user can mend is one message and exit status 1."""
     settings = parse(ConceptSettings, argv, description="Learn one concept and merge it into the subspace file.")
+    progress = ProgressFile(Path(settings.progress_file) if settings.progress_file else None)
     try:
-        learn(settings)
+        learn(settings, progress)
     except ValueError as error:
+        progress.tell(error=str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -128,8 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def learn(settings: ConceptSettings) -> dict[str, Any]:
+def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> dict[str, Any]:
     """Learn the concept and return the report (empty on all but the main process)."""
+    progress = progress or ProgressFile(None)
     started = time.perf_counter()
     recipe = recipe_of(settings)
     folder, file = places(settings, recipe)
@@ -170,7 +177,11 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
 
     with Attached(pipeline, sorted(modules)) as attached:
-        losses = train(settings, accelerator, pipeline, learner, attached, materials, dataset, subspace.basis_version, folder)
+        watch = (
+            watcher(settings, pipeline, learner, attached, recipe, folder, progress) if accelerator.is_main_process else None
+        )
+        facts = dataset, subspace.basis_version
+        losses = train(settings, accelerator, pipeline, learner, attached, materials, facts, folder, watch)
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return {}
@@ -196,6 +207,7 @@ def learn(settings: ConceptSettings) -> dict[str, Any]:
     write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
+    progress.tell(done=True, concept=recipe.name, retention=retention["after"], file_bytes=file.stat().st_size)
     return report
 
 
@@ -337,11 +349,15 @@ def train(
     learner: Learner,
     attached: Attached,
     materials: Materials,
-    dataset: Dataset,
-    basis_version: str,
+    learned_from: tuple[Dataset, str],
     folder: Path,
+    watch: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the learner; every random number is a function of (seed, step). Returns the losses."""
+    """Train the learner; every random number is a function of (seed, step). Returns the losses.
+
+    `learned_from` is (data, version of the bases); `watch` is called with the number of steps done and the last loss.
+    """
+    dataset, basis_version = learned_from
     optimizer = torch.optim.AdamW(
         learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate),
         betas=(0.9, 0.99),
@@ -384,6 +400,8 @@ def train(
                         optimizer.zero_grad()
             history.append(round(float(total), 6))
             bar.set_postfix(loss=f"{sum(history[-20:]) / len(history[-20:]):.4f}")
+            if watch is not None:
+                watch(step + 1, history[-1])
             due = (step + 1) % settings.checkpointing_steps == 0 or interruption.wanted
             if due and accelerator.is_main_process:
                 tensors = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
@@ -395,6 +413,31 @@ def train(
     end_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
     attached.set({})
     return {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "steps": history}
+
+
+def watcher(
+    settings: ConceptSettings,
+    pipeline: Any,
+    learner: Learner,
+    attached: Attached,
+    recipe: Recipe,
+    folder: Path,
+    progress: ProgressFile,
+) -> Callable[[int, float], None]:
+    """Return what tells other programs of every step, and draws a sample now and then."""
+    steps = settings.max_train_steps
+
+    def watch(step: int, loss: float) -> None:
+        progress.tell(step=step, steps=steps, loss=loss)
+        if settings.validation_steps and step % settings.validation_steps == 0:
+            with torch.no_grad():
+                attached.set(learner.updates())
+                picture = generate(pipeline, recipe.prompts[:1], [0])[0]
+            name = f"sample-{step:06d}.png"
+            save_png(picture, folder / name)
+            progress.tell(step=step, steps=steps, sample=name)
+
+    return watch
 
 
 def comparable(settings: ConceptSettings) -> dict[str, Any]:
@@ -410,6 +453,8 @@ def comparable(settings: ConceptSettings) -> dict[str, Any]:
         "local_files_only",
         "finetune_steps",
         "instance_data_dir",
+        "validation_steps",
+        "progress_file",
     }
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in free

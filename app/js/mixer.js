@@ -3,8 +3,8 @@
 const list = element.querySelector("ul");
 const empty = element.querySelector(".empty");
 let due = null;
-function change(name, weight) {
-  props.value = props.value.map((row) => (row.name === name ? { ...row, weight } : row));
+function change(id, weight) {
+  props.value = props.value.map((row) => (row.id === id ? { ...row, weight } : row));
   clearTimeout(due);
   due = setTimeout(() => trigger("input", {}), 40);
 }
@@ -22,7 +22,7 @@ function field(type, row) {
 }
 function entry(row) {
   const item = document.createElement("li");
-  item.dataset.name = row.name;
+  item.dataset.id = row.id;
   const chip = document.createElement("button");
   chip.type = "button";
   chip.className = "chip";
@@ -39,16 +39,16 @@ function entry(row) {
   const exact = field("number", row);
   slider.addEventListener("input", () => {
     exact.value = slider.value;
-    change(row.name, Number(slider.value));
+    change(row.id, Number(slider.value));
   });
   slider.addEventListener("dblclick", () => {
     slider.value = exact.value = 1;
-    change(row.name, 1);
+    change(row.id, 1);
   });
   exact.addEventListener("input", () => {
     if (exact.value === "" || !Number.isFinite(Number(exact.value))) return;
     slider.value = exact.value;
-    change(row.name, Number(exact.value));
+    change(row.id, Number(exact.value));
   });
   item.append(chip, slider, exact);
   if (row.note) {
@@ -67,7 +67,7 @@ function update(item, row) {
 function draw() {
   const rows = props.value ?? [];
   const present = [...list.children];
-  if (present.length === rows.length && rows.every((row, index) => present[index].dataset.name === row.name)) {
+  if (present.length === rows.length && rows.every((row, index) => present[index].dataset.id === row.id)) {
     rows.forEach((row, index) => update(present[index], row));
   } else {
     list.replaceChildren(...rows.map(entry));

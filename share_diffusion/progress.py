@@ -1,0 +1,43 @@
+"""A run's progress for other programs: a file of JSON lines that grows while the run goes on.
+
+    {"step": 12, "steps": 200, "loss": 0.31, "seconds": 9.4}
+    {"step": 50, "steps": 200, "sample": "sample-000050.png", "seconds": 38.0}
+    {"done": true, "concept": "mycat", "retention": {"mycat": 0.9991}, "seconds": 161.0}      or {"error": "...", ...}
+
+A reader takes whole lines only; the last one has `done` or `error`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class ProgressFile:
+    """Appends one line a fact to a file that should be new; without a path nothing is written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.started = time.perf_counter()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def tell(self, **facts: Any) -> None:
+        """Write one line, with the seconds since the start."""
+        if self.path is not None:
+            facts["seconds"] = round(time.perf_counter() - self.started, 3)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts, sort_keys=True) + "\n")
+
+
+def read_progress(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines that lie after byte `start`, and where the next ones begin."""
+    if not path.is_file():
+        return [], start
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()], start + len(whole)
