@@ -88,7 +88,7 @@ def fit_colours(pipeline: Any, channels: int) -> Tensor:
     coarse = torch.randn(4, channels, 4, 4, generator=generator)
     latents = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear").to(pipeline.vae.device)
     pixels = decoded(pipeline.vae, latents).cpu()
-    means = torch.nn.functional.adaptive_avg_pool2d(pixels, latents.shape[2:])
+    means = torch.nn.functional.adaptive_avg_pool2d(pixels, (latents.shape[2], latents.shape[3]))
     rows = torch.cat([latents.float().cpu(), torch.ones(4, 1, *latents.shape[2:])], 1).movedim(1, -1).reshape(-1, channels + 1)
     return torch.linalg.lstsq(rows, means.movedim(1, -1).reshape(-1, 3)).solution
 

@@ -67,7 +67,7 @@ class Wish:
 
     def each(self) -> list[Wish]:
         """Return one wish for every picture of this one."""
-        return [replace(self, seed=self.seed + index, count=1) for index in range(self.count)]
+        return [self.changed(seed=self.seed + index, count=1) for index in range(self.count)]
 
     @property
     def values(self) -> dict[str, Any]:

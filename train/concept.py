@@ -177,9 +177,8 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
 
     with Attached(pipeline, sorted(modules)) as attached:
-        watch = (
-            watcher(settings, pipeline, learner, attached, recipe, folder, progress) if accelerator.is_main_process else None
-        )
+        main = accelerator.is_main_process
+        watch = watcher(settings, pipeline, learner, attached, recipe, folder, progress) if main else None
         facts = dataset, subspace.basis_version
         losses = train(settings, accelerator, pipeline, learner, attached, materials, facts, folder, watch)
     if not accelerator.is_main_process:
