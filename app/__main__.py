@@ -55,7 +55,7 @@ def serve(arguments: argparse.Namespace) -> None:
     )
     page = create_page(engine).queue(max_size=QUEUE, default_concurrency_limit=4)
     try:
-        page.launch(**appearance(), **launch_settings(arguments.port, engine.history.folder), prevent_thread_lock=True)
+        page.launch(**appearance(), **launch_settings(arguments.port, engine.served), prevent_thread_lock=True)
     except OSError as error:
         raise ValueError(f"port {arguments.port} cannot be opened ({error}); choose another with --port") from None
     print(f"http://{ADDRESS}:{arguments.port}/", flush=True)

@@ -24,6 +24,7 @@ from app.export import FORMATS, write_blend
 from app.history import History
 from app.job import Job, Lesson, names_in
 from app.masks import read_masks
+from app.plans import Plan, grid_of, write_grid
 from app.preview import Previewer
 from app.samplers import samplers_of
 from app.wish import FIELDS, Limits, Wish
@@ -223,6 +224,11 @@ class Engine:
         return facts
 
     @property
+    def served(self) -> list[Path]:
+        """The folders that hold only what this page writes for download."""
+        return [self.folder / name for name in ("history", "sheets", "exports")]
+
+    @property
     def formats(self) -> list[str]:
         """In which forms a blend can be exported."""
         return list(FORMATS)
@@ -261,6 +267,10 @@ class Engine:
         """End the running lesson, if there is one."""
         if (job := self.job) is not None:
             job.cancel()
+
+    def sheet(self, plan: Plan, pictures: Sequence[Image.Image], *, film: bool = False) -> tuple[Path, Path | None]:
+        """Write the finished pictures of a plan on a labelled sheet, and as a film."""
+        return write_grid(grid_of(plan, pictures, self.facts(plan.wishes[0])), self.folder / "sheets", film=film)
 
     def want_cards(self, cards: Sequence[Card]) -> int:
         """Ask for these cards' pictures next and return how many are still to be drawn."""

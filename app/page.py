@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app.api import wire_api
+from app.comparing import comparing
 from app.components import line
 from app.drawing import Sessions, wire_draw
 from app.learning import learning
@@ -37,6 +38,8 @@ def create_page(engine: Any) -> gr.Blocks:
                 with studio.extras:
                     panel = restoring()
                     taking(engine, studio)
+            with gr.Tab(WORDS.tab_compare, id="compare"):
+                comparing(engine, studio, sessions)
             with gr.Tab(WORDS.tab_learn, id="learn"):
                 news = learning(engine)
         wire_blend(engine, studio, shelf)

@@ -8,7 +8,7 @@ here; everything uploaded lies in a private folder that goes with the settings b
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,14 @@ def prepare(folder: Path) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
-def launch_settings(port: int, pictures: Path) -> dict[str, Any]:
-    """Return how `Blocks.launch` must be called; `pictures` is the one folder that is served."""
+def blocked(served: Sequence[Path]) -> list[str]:
+    """Return folders that are never served, whatever else is said: the home folder, unless what is served lies in it."""
+    home = Path.home()
+    return ["/etc", *([] if any(folder.resolve().is_relative_to(home) for folder in served) else [str(home)])]
+
+
+def launch_settings(port: int, served: Sequence[Path]) -> dict[str, Any]:
+    """Return how `Blocks.launch` must be called; `served` are the only folders that files are served from."""
     from starlette.middleware import Middleware
 
     return {
@@ -99,8 +105,8 @@ def launch_settings(port: int, pictures: Path) -> dict[str, Any]:
         "pwa": False,
         "show_error": False,
         "max_file_size": UPLOAD,
-        "allowed_paths": [str(pictures.resolve())],
-        "blocked_paths": [str(Path.home()), "/etc"] if not pictures.resolve().is_relative_to(Path.home()) else ["/etc"],
+        "allowed_paths": [str(folder.resolve()) for folder in served],
+        "blocked_paths": blocked(served),
         "footer_links": ["api", "settings"],
         "app_kwargs": {
             "middleware": [Middleware(Guard, port=port)],

@@ -59,8 +59,9 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
         slide, [studio.written, studio.agreed, studio.mixer], [studio.written, studio.agreed],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    studio.written.input(
-        typed, [studio.written, studio.agreed, shelf.search, shelf.kind, shelf.page],
+    gr.on(
+        [studio.written.input, studio.written.submit, studio.written.blur], typed,
+        [studio.written, studio.agreed, shelf.search, shelf.kind, shelf.page],
         [studio.mixer, studio.agreed, shelf.cards], trigger_mode="always_last", **QUIET,
     )  # fmt: skip
 
@@ -93,7 +94,7 @@ def wire_library(engine: Any, studio: Studio, shelf: Library) -> list[Any]:
     def first(query: str, kind: str, number: int, blend: str) -> tuple[Any, ...]:
         return show(query, kind, 0, blend)
 
-    gr.on([shelf.search.input, shelf.kind.change], first, inputs, outputs, trigger_mode="always_last", **QUIET)
+    gr.on([shelf.search.change, shelf.kind.change], first, inputs, outputs, trigger_mode="always_last", **QUIET)
     shelf.previous.click(turn(-1), inputs, outputs, **QUIET)
     shelf.next.click(turn(1), inputs, outputs, **QUIET)
     shelf.timer.tick(show, inputs, outputs, **QUIET)

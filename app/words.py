@@ -80,6 +80,36 @@ class Words:
     export_build = "Build the file"
     export_download = "Download"
 
+    tab_pair = "Two pictures"
+    tab_sweep = "Sweep"
+    tab_strip = "Strip"
+    no_concept = "no concept"
+    pair_concept = "Concept of the blend"
+    pair_draw = "Draw with and without it"
+    pair_history = "Or any two from the history"
+    pair_hint = "Click one, then another."
+    pair_second = "Now click the other one."
+    pair_slider = "Two pictures under a slider"
+    sweep_x = "Across: weight of"
+    sweep_y = "Down: seed, or weight of"
+    sweep_from = "From"
+    sweep_to = "To"
+    sweep_count = "Cells"
+    sweep_draw = "Draw the sweep"
+    sweep_note = "Prompt, blend and settings are those under Draw. Every cell goes into the history with its own settings."
+    strip_from = "From the blend"
+    strip_to = "To the blend"
+    strip_draw = "Draw the strip"
+    strip_film = "Download as film (GIF)"
+
+    def pair_caption(self, left: str, right: str) -> str:
+        """Say what lies on either side of the slider."""
+        return f"Left: {left}. Right: {right}."
+
+    def cells(self, count: int) -> str:
+        """Say how many pictures were drawn."""
+        return f"{count} pictures, all in the history"
+
     learn_pictures = "Pictures of it (5 to 30)"
     learn_name = "Name"
     learn_trigger = "Trigger"
