@@ -2,6 +2,8 @@
 
 share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
+share-diffusion grid --subspace FILE --prompt TEXT --blend BLEND --x robot=0..1/5 --y seed=0,1,2 --output grid.png
+share-diffusion overlap FILE [NAMES ...]
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -16,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import doctor, drop, generate, show, verify
+from share_diffusion.commands import doctor, drop, generate, grid, overlap, show, verify
 
 COMMANDS = {
     "show": show,
     "generate": generate,
+    "grid": grid,
+    "overlap": overlap,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,

@@ -154,13 +154,14 @@ class AttachedSubspace(Attached):
         for hook in self.hooks:
             hook.remove()
         self.hooks, several = [], len(self.blends) > 1
+        before_text: Any = torch.compiler.disable(self.before_text)
+        before_denoiser: Any = torch.compiler.disable(self.before_denoiser)
         for name, module in components(self.pipeline).items():
             if name.startswith(TEXT) and several:
-                self.hooks.append(module.register_forward_pre_hook(self.before_text, with_kwargs=True))
+                self.hooks.append(module.register_forward_pre_hook(before_text, with_kwargs=True))
             elif not name.startswith(TEXT) and (several or self.active.changing or self.active.regional):
-                self.hooks.append(module.register_forward_pre_hook(self.before_denoiser, with_kwargs=True))
+                self.hooks.append(module.register_forward_pre_hook(before_denoiser, with_kwargs=True))
 
-    @torch.compiler.disable
     def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the samples' blends in the order of a text encoder's batch."""
         ids = args[0] if args else kwargs["input_ids"]
@@ -168,7 +169,6 @@ class AttachedSubspace(Attached):
         if any(path.startswith(TEXT) for path in self.active.layers(moment)):
             self.show(TEXT, moment, order_of_samples(None, len(self.blends), len(ids)))
 
-    @torch.compiler.disable
     def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give the denoiser's layers what acts at the step, for the samples and the picture's shape of a call."""
         call = read_call(module, args, kwargs)

@@ -104,7 +104,7 @@ class ShareConv(ShareLayer):
             inputs, padding = F.pad(inputs, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         hidden = F.conv2d(inputs, kernel, stride=base.stride, padding=padding, dilation=base.dilation)
         if update.where is not None:
-            masks = update.where.map(*hidden.shape[-2:], hidden)
+            masks = update.where.map(hidden.shape[-2], hidden.shape[-1], hidden)
             hidden = (masks[:, :, None] * hidden[:, None]).flatten(1, 2)
         for matrix in update.middle:
             if matrix.ndim == 2:

@@ -1,10 +1,14 @@
-"""Draw a blend of concepts."""
+"""Draw a blend of concepts; a prompt may carry it as tags, `<share:watercolor:0.8>` or `<lora:watercolor:0.8>`."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from share_diffusion.blend import Blend
+from share_diffusion.grammar import read_prompt
 
 HELP = "draw a blend of concepts"
 
@@ -14,7 +18,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subspace", type=Path, help="the subspace file; without it the untouched base is drawn")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative_prompt", default="")
-    parser.add_argument("--blend", default="", help="e.g. 'watercolor:0.8 + robot:0.5'; empty is the untouched base")
+    blend_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1, help="pictures, at seeds SEED, SEED + 1, ...")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the base's)")
@@ -31,13 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw pictures and write them with their settings inside."""
     from share_diffusion.attached import attach
     from share_diffusion.base import load_base
-    from share_diffusion.blend import Blend
     from share_diffusion.drawing import Sampling, png_info, save_png
     from share_diffusion.drawing import generate as draw
     from share_diffusion.models.identity import weights_of
     from share_diffusion.subspace import Subspace
 
-    blend = Blend.parse(arguments.blend)
+    prompt, blend = read_blend_flags(arguments)
     wished = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     check_drawing(arguments, blend)
     pipeline = load_base(
@@ -49,15 +52,66 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.subspace is not None:
         subspace = Subspace.load(arguments.subspace, weights_of(pipeline))
         facts |= {"subspace": arguments.subspace.name, "basis_version": subspace.basis_version}
-        attach(pipeline, subspace).set_blend(blend)
+        attach(pipeline, subspace).set_blend(blend, masks=read_masks(arguments.masks))
     sampling = wished.resolved(pipeline)
     seeds = list(range(arguments.seed, arguments.seed + arguments.count))
-    pictures = draw(pipeline, [arguments.prompt] * len(seeds), seeds, sampling)
+    pictures = draw(pipeline, [prompt] * len(seeds), seeds, sampling)
     for number, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
         output = arguments.output
         path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
-        save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
+        save_png(picture, path, png_info(prompt, seed, sampling, str(blend), facts))
         print(path)
+
+
+def blend_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is blended, how and where."""
+    parser.add_argument(
+        "--blend",
+        default="",
+        help="e.g. 'watercolor:0.8 + robot:0.5[steps=0.2..1][blocks=down,mid]'; empty is the untouched base",
+    )
+    parser.add_argument("--method", help="linear (default), 'ties density=0.5', 'dare drop=0.5 seed=0', tsv, norm-equalised")
+    parser.add_argument(
+        "--regions",
+        nargs="+",
+        default=[],
+        metavar="NAME=REGION",
+        help="where concepts act: robot=left, 'owl=0.5,0,1,1 soft=0.1' or owl=@hat",
+    )
+    parser.add_argument("--masks", nargs="+", default=[], metavar="NAME=FILE", help="pictures of the regions @NAME")
+
+
+def read_blend_flags(arguments: argparse.Namespace) -> tuple[str, Blend]:
+    """Return the prompt without tags, and the blend that flags and tags make together."""
+    prompt, tagged = read_prompt(arguments.prompt)
+    blend = Blend.parse(arguments.blend)
+    method = blend.method
+    if arguments.method:
+        method = Blend.parse(f"x | {arguments.method}").method
+    terms = [*blend.terms, *tagged.terms]
+    for entry in arguments.regions:
+        name, equal, place = entry.partition("=")
+        if not equal or name not in [term.name for term in terms]:
+            raise ValueError(f"--regions {entry!r} is not NAME=REGION of a concept in the blend, as in robot=left")
+        region = Blend.parse(f"x[region={place}]").terms[0].region
+        terms = [replace(term, region=region) if term.name == name else term for term in terms]
+    return prompt, Blend(terms, method)
+
+
+def read_masks(entries: list[str]) -> dict[str, Any]:
+    """Return the pictures of `--masks`, by name."""
+    from PIL import Image
+
+    masks = {}
+    for entry in entries:
+        name, _, file = entry.partition("=")
+        try:
+            with Image.open(file) as picture:
+                masks[name] = picture.convert("L")
+        except OSError as error:
+            reason = error.strerror or "it is no picture"
+            raise ValueError(f"--masks {entry!r}: cannot read {file!r} ({reason}); give NAME=FILE") from None
+    return masks
 
 
 def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:

@@ -62,9 +62,9 @@ def progress(pipeline: Any, time: float) -> float:
     if not isinstance(times, Tensor) or not times.numel():
         return 0.0
     times = times.detach().float().cpu()
-    if times.max() > 1.5 and time <= 1:  # some pipelines pass the time as a fraction
-        time *= float(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
-    return (int((times - time).abs().argmin()) + 0.5) / len(times)
+    whole = float(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
+    distances = torch.stack([(times - time).abs(), (times - whole * time).abs()])  # some pipelines pass it as a fraction
+    return (int(distances[distances.amin(1).argmin()].argmin()) + 0.5) / len(times)
 
 
 def order_of_samples(pipeline: Any, blends: int, samples: int) -> Tensor:
