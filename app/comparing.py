@@ -164,7 +164,7 @@ def sweeps(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
         known = {*engine.cards, SEED}
         if strange := [what for what in (sides[0], sides[4]) if what not in known]:
             raise ValueError(f"{strange[0]!r} is neither a concept of this subspace nor seed")
-        return sweep_plan(wish, axis_of(*sides[:4], wish), axis_of(*sides[4:], wish))
+        return sweep_plan(wish, axis_of(wish, *sides[:4]), axis_of(wish, *sides[4:]))
 
     def done(plan: Plan, ids: list[str], pictures: list[Any]) -> dict[Any, Any]:
         return {sheet: str(engine.sheet(plan, pictures)[0])}
@@ -206,8 +206,8 @@ def strips(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
 
     def plan(form: tuple[Any, ...], start: str, end: str, count: float) -> Plan:
         wish, known = wish_of(engine, form), list(engine.cards)
-        ends = [Wish.of({**wish.values, "blend": blend or ""}, engine.limits, known).blend for blend in (start, end)]
-        return strip_plan(wish, *ends, count)
+        first, last = (Wish.of({**wish.values, "blend": blend or ""}, engine.limits, known).blend for blend in (start, end))
+        return strip_plan(wish, first, last, count)
 
     def done(plan: Plan, ids: list[str], pictures: list[Any]) -> dict[Any, Any]:
         paths = engine.sheet(plan, pictures, film=True)

@@ -76,3 +76,16 @@ def meter(elem_id: str, text: str = "", **options: Any) -> gr.HTML:
         apply_default_css=False,
         **options,
     )
+
+
+def heat(elem_id: str, label: str, **options: Any) -> gr.HTML:
+    """Return a shaded matrix; value {"columns", "rows", "values": [[number or None, ...]], "low", "high", "digits"}."""
+    template = f'<div class="scroll heat" tabindex="0" role="region" aria-label="{label}"><table></table></div>'
+    return gr.HTML(
+        {"columns": [], "rows": [], "values": []},
+        html_template=template,
+        js_on_load=script("heat"),
+        elem_id=elem_id,
+        apply_default_css=False,
+        **options,
+    )

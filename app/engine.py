@@ -23,21 +23,25 @@ from app.cards import Card, CardPictures, card_of
 from app.export import FORMATS, write_blend
 from app.history import History
 from app.job import Job, Lesson, names_in
+from app.knowledge import Knowledge, read_reports
 from app.masks import read_masks
 from app.plans import Plan, grid_of, write_grid
 from app.preview import Previewer
 from app.samplers import samplers_of
 from app.wish import FIELDS, Limits, Wish
+from app.words import WORDS
 from share_diffusion.attached import AttachedSubspace, attach
 from share_diffusion.base import TINY, base_name, load_base
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import BATCH, Sampling, generate, save_png
 from share_diffusion.models.identity import weights_of
+from share_diffusion.overlap import SOME, overlaps
 from share_diffusion.subspace import Subspace
 
 READY_MADE = TINY.parent / "concepts.safetensors"
 CARD_SEED = 7
 PREVIEW_EVERY = 3
+MOST_ADVISED = 12  # concepts of a blend whose overlaps are told
 Tell = Callable[["Frame"], None]
 
 
@@ -271,6 +275,20 @@ class Engine:
     def sheet(self, plan: Plan, pictures: Sequence[Image.Image], *, film: bool = False) -> tuple[Path, Path | None]:
         """Write the finished pictures of a plan on a labelled sheet, and as a film."""
         return write_grid(grid_of(plan, pictures, self.facts(plan.wishes[0])), self.folder / "sheets", film=film)
+
+    def knowledge(self) -> Knowledge | None:
+        """Return what the subspace knows, None where there is no file."""
+        if self.subspace is None or self.file is None:
+            return None
+        reports = read_reports([self.file.parent, self.folder / "lessons"], list(self.cards))
+        return Knowledge.of(self.subspace, self.file, reports)
+
+    def advice(self, names: Sequence[str]) -> str:
+        """Return a warning about the two concepts that overlap most, "" where none do."""
+        if self.subspace is None or not 2 <= len(names) <= MOST_ADVISED or any(name not in self.cards for name in names):
+            return ""
+        pair = overlaps(self.subspace, names)[0]
+        return WORDS.overlaps(pair.one, pair.other, pair.cosine, pair.advice) if pair.cosine >= SOME else ""
 
     def want_cards(self, cards: Sequence[Card]) -> int:
         """Ask for these cards' pictures next and return how many are still to be drawn."""

@@ -11,8 +11,10 @@ from app.api import wire_api
 from app.comparing import comparing
 from app.components import line
 from app.drawing import Sessions, wire_draw
+from app.inside import inside
 from app.learning import learning
 from app.past import history_of, wire_history
+from app.regions import regions
 from app.remember import browser_form, form_from, wire_remember
 from app.restoring import restoring, wire_restoring
 from app.shelf import shelf_of, wire_blend, wire_library
@@ -40,8 +42,12 @@ def create_page(engine: Any) -> gr.Blocks:
                     taking(engine, studio)
             with gr.Tab(WORDS.tab_compare, id="compare"):
                 comparing(engine, studio, sessions)
+            with gr.Tab(WORDS.tab_regions, id="regions") as regions_tab:
+                regions(engine, studio, sessions, regions_tab)
             with gr.Tab(WORDS.tab_learn, id="learn"):
                 news = learning(engine)
+            with gr.Tab(WORDS.tab_inside, id="inside") as inside_tab:
+                inside(engine, inside_tab)
         wire_blend(engine, studio, shelf)
         shelf_outputs = wire_library(engine, studio, shelf)
         wire_draw(engine, studio, stage, sessions)

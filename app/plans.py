@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from share_diffusion.grid import SEED, Axis, Cell, Grid, spread
 
 from app.wish import MOST_WEIGHT, Wish, number
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import Sampling
+from share_diffusion.grid import SEED, Axis, Cell, Grid, spread
 
 MOST_CELLS = 64
 
@@ -41,7 +41,7 @@ def with_and_without(wish: Wish, concept: str) -> Plan:
     return Plan([wish.changed(count=1), without], [f"with {concept}", f"without {concept}"], [""])
 
 
-def axis_of(what: str, low: Any, high: Any, count: Any, wish: Wish) -> Axis:
+def axis_of(wish: Wish, what: str, low: Any, high: Any, count: Any) -> Axis:
     """Return an axis of weights from `low` to `high`, or of seeds from the wish's own."""
     cells = int(number("cells of an axis", count, 1, MOST_CELLS))
     if what == SEED:

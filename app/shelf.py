@@ -16,12 +16,13 @@ from app.words import WORDS
 
 def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     """Cards, sliders, chips, text and prompt: what changes one brings the others into step."""
-    together = [studio.mixer, studio.written, studio.agreed, studio.prompt, shelf.cards]
+    together = [studio.mixer, studio.written, studio.agreed, studio.prompt, shelf.cards, studio.advice]
     seen = [studio.written, studio.agreed, studio.mixer, studio.prompt, shelf.search, shelf.kind, shelf.page]
 
     def agree(blend: str, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
         tiles_now, _, _, _ = shelf_of(engine, query, kind, number, blend)
-        return mix.rows_of(blend), blend, blend, prompt, tiles_now
+        rows = mix.rows_of(blend)
+        return rows, blend, blend, prompt, tiles_now, advised(engine, rows)
 
     @spoken
     def toggle(event: gr.EventData, written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int):
@@ -50,8 +51,8 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
         try:
             rows = mix.rows_of(written)
         except ValueError:
-            return gr.skip(), gr.skip(), gr.skip()
-        return rows, written, shelf_of(engine, query, kind, number, written)[0]
+            return (gr.skip(),) * 4
+        return rows, written, shelf_of(engine, query, kind, number, written)[0], advised(engine, rows)
 
     shelf.cards.click(toggle, seen, together, **QUIET)
     studio.mixer.delete(take_out, seen, together, **QUIET)
@@ -62,8 +63,13 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     gr.on(
         [studio.written.input, studio.written.submit, studio.written.blur], typed,
         [studio.written, studio.agreed, shelf.search, shelf.kind, shelf.page],
-        [studio.mixer, studio.agreed, shelf.cards], trigger_mode="always_last", **QUIET,
+        [studio.mixer, studio.agreed, shelf.cards, studio.advice], trigger_mode="always_last", **QUIET,
     )  # fmt: skip
+
+
+def advised(engine: Any, rows: list[mix.Row]) -> str:
+    """Return what is told of overlaps before a drawing."""
+    return engine.advice(list(dict.fromkeys(row["name"] for row in rows)))
 
 
 def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[dict[str, Any], int, str, bool]:

@@ -37,6 +37,7 @@ class Studio:
     draw: gr.Button
     stop: gr.Button
     masks: gr.State
+    advice: gr.HTML
     extras: gr.Column
 
     @property
@@ -101,12 +102,13 @@ def controls(engine: Any) -> Studio:
     with gr.Column(scale=3, min_width=300, elem_id="controls"):
         prompt = gr.Textbox(label=WORDS.prompt, placeholder=WORDS.prompt_hint, lines=3, max_lines=6, elem_id="prompt")
         mix_rows = mixer("mixer", WORDS.blend, WORDS.blend_empty)
+        advice = line("advice", live=True)
         written = gr.Textbox(label=WORDS.written, placeholder=WORDS.written_hint, lines=1, max_lines=4, elem_id="written")
         with gr.Row(elem_id="go"):
             draw = gr.Button(WORDS.draw, variant="primary", elem_id="draw", scale=3, min_width=80)
             stop = gr.Button(WORDS.stop, variant="stop", elem_id="stop", scale=1, min_width=70, interactive=False)
         with gr.Row(elem_classes="pair"):
-            count = gr.Slider(1, limits.count, 1, step=1, label=WORDS.count, elem_id="count", min_width=130)
+            count = gr.Slider(1, limits.count, 1, step=1, label=WORDS.count, elem_id="count", min_width=130, buttons=[])
             seed = gr.Number(0, label=WORDS.seed, precision=0, minimum=0, elem_id="seed", min_width=110)
         fresh = gr.Checkbox(True, label=WORDS.fresh_seed, elem_id="fresh-seed", container=False)
         with gr.Accordion(WORDS.more, open=False, elem_id="more"):
@@ -123,7 +125,7 @@ def controls(engine: Any) -> Studio:
         extras = gr.Column(elem_id="extras", min_width=0)
     return Studio(
         prompt, mix_rows, written, gr.State(""), negative, seed, fresh, count, steps, guidance, sampler, width, height,
-        draw, stop, gr.State({}), extras,
+        draw, stop, gr.State({}), advice, extras,
     )  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def library() -> Library:
             page_line = line("cards-line", live=True)
             previous = gr.Button(WORDS.previous, size="sm", elem_id="cards-previous", min_width=40)
             following = gr.Button(WORDS.next, size="sm", elem_id="cards-next", min_width=40)
-        with gr.Row(elem_classes="pair"):
+        with gr.Column(elem_id="find"):
             search = gr.Textbox(label=WORDS.search, placeholder=WORDS.search_hint, elem_id="search", min_width=120, scale=2)
             kind = gr.Radio(list(WORDS.kinds), value="all", label=WORDS.kind, elem_id="kind", min_width=150, scale=3)
         cards = tiles("cards", WORDS.concepts, WORDS.concepts_empty)

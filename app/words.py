@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Words:
     """What the page says, by what it is for."""
@@ -109,6 +111,41 @@ class Words:
     def cells(self, count: int) -> str:
         """Say how many pictures were drawn."""
         return f"{count} pictures, all in the history"
+
+    region_canvas = "Paint where each concept acts"
+    region_note = (
+        "Each layer belongs to one concept of the blend: choose the layer in the painting's toolbar, paint where the concept "
+        "shall act, and draw. What is not painted for it stays without it."
+    )
+    region_draw = "Draw with these regions"
+
+    def region_layer(self, index: int) -> str:
+        """Name a layer."""
+        return f"Layer {index + 1}"
+
+    inside_overlap = "Who overlaps whom"
+    inside_overlap_note = (
+        "Cosine of two concepts' updates: 0 is independent, 1 the same. From a quarter on, expect some bleed in a blend."
+    )
+    inside_retention = "What adding each concept did to the earlier ones"
+    inside_retention_note = "Share of each concept's own energy that is certainly still held, after each step of learning."
+    inside_bytes = "What it costs"
+    inside_spectrum = "How full the shared directions are"
+    inside_spectrum_note = "Share of all concepts' energy beyond the first n directions, mean over the layers of a group."
+    inside_head = ("Concept", "Kind", "Trigger", "Rank", "Bytes", "Retention")
+
+    def cost(self, facts: dict[str, Any]) -> str:
+        """Say what the file costs against separate LoRAs."""
+        many = facts["break_even_concepts"]
+        text = (
+            f"A further concept costs {facts['per_concept_mean']:,.0f} bytes and the columns it adds. This file has "
+            f"{facts['total']:,}; the same concepts as separate LoRAs of the same ranks have {facts['as_separate_loras']:,}."
+        )
+        return f"{text} The file is the smaller one from {many:,} concepts on." if many else text
+
+    def overlaps(self, one: str, other: str, cosine: float, advice: str) -> str:
+        """Say before drawing that two concepts overlap."""
+        return f"{one} and {other} overlap {100 * cosine:.0f} %: {advice}."
 
     learn_pictures = "Pictures of it (5 to 30)"
     learn_name = "Name"
