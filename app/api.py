@@ -35,9 +35,15 @@ def wire_api(engine: Any) -> None:
     def blend_api(prompt, blend, seed, negative_prompt, steps, guidance_scale, width, height) -> str:
         """Draw one picture of a written blend, such as "watercolor:0.8 + robot:0.5", and return it as a PNG."""
         asked = {
-            "prompt": prompt, "blend": blend, "seed": seed, "negative_prompt": negative_prompt, "steps": steps,
-            "guidance_scale": guidance_scale, "width": width, "height": height,
-        }  # fmt: skip
+            "prompt": prompt,
+            "blend": blend,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "width": width,
+            "height": height,
+        }
         engine.refresh()
         wish = Wish.of({**engine.start.values, **asked}, engine.limits, list(engine.cards))
         ids = [frame.ids for frame in engine.draw([wish]) if frame.ids][-1]

@@ -69,9 +69,14 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
                 older = gr.Button(WORDS.older, size="sm", min_width=40)
         with gr.Column(scale=6, min_width=320):
             slider = gr.ImageSlider(
-                label=WORDS.pair_slider, show_label=False, type="filepath", elem_id="pair-slider", interactive=False,
-                buttons=["fullscreen"], max_height=640,
-            )  # fmt: skip
+                label=WORDS.pair_slider,
+                show_label=False,
+                type="filepath",
+                elem_id="pair-slider",
+                interactive=False,
+                buttons=["fullscreen"],
+                max_height=640,
+            )
             caption = line("pair-caption", live=True)
     number, chosen = gr.State(0), gr.State([])
 
@@ -82,9 +87,13 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
         paths = tuple(str(engine.history.path(name)) for name in ids)
         shown, page, text = marked(engine, 0, ids)
         return {
-            slider: paths, caption: WORDS.pair_caption(*plan.columns), chosen: list(ids), history: shown, number: page,
+            slider: paths,
+            caption: WORDS.pair_caption(*plan.columns),
+            chosen: list(ids),
+            history: shown,
+            number: page,
             pages: text,
-        }  # fmt: skip
+        }
 
     run(engine, studio, sessions, draw, place, plan, [concept], done, [slider, caption, chosen, history, number, pages])
 
@@ -106,8 +115,10 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
     older.click(lambda page, chosen: marked(engine, page + 1, chosen), [number, chosen], strip, **QUIET)
     tab.select(
         lambda page, chosen, blend: (*marked(engine, page, chosen), of_blend(blend)),
-        [number, chosen, studio.written], [*strip, concept], **QUIET,
-    )  # fmt: skip
+        [number, chosen, studio.written],
+        [*strip, concept],
+        **QUIET,
+    )
     assert note is not None
 
 
@@ -155,9 +166,14 @@ def sweeps(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
             line("sweep-note", WORDS.sweep_note)
         with gr.Column(scale=6, min_width=320):
             sheet = gr.Image(
-                label=WORDS.tab_sweep, show_label=False, type="filepath", format="png", interactive=False,
-                elem_id="sweep-sheet", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+                label=WORDS.tab_sweep,
+                show_label=False,
+                type="filepath",
+                format="png",
+                interactive=False,
+                elem_id="sweep-sheet",
+                buttons=["download", "fullscreen"],
+            )
 
     def plan(form: tuple[Any, ...], *sides: Any) -> Plan:
         wish = wish_of(engine, form)
@@ -200,9 +216,14 @@ def strips(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
             film = gr.DownloadButton(WORDS.strip_film, size="sm", interactive=False, elem_id="strip-film")
         with gr.Column(scale=6, min_width=320):
             sheet = gr.Image(
-                label=WORDS.tab_strip, show_label=False, type="filepath", format="png", interactive=False,
-                elem_id="strip-sheet", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+                label=WORDS.tab_strip,
+                show_label=False,
+                type="filepath",
+                format="png",
+                interactive=False,
+                elem_id="strip-sheet",
+                buttons=["download", "fullscreen"],
+            )
 
     def plan(form: tuple[Any, ...], start: str, end: str, count: float) -> Plan:
         wish, known = wish_of(engine, form), list(engine.cards)
@@ -264,9 +285,14 @@ def run(
         return {"text": WORDS.stopped}, on(), off()
 
     running = draw.click(
-        work, [*inputs, *studio.form], [*outputs, place.meter, draw, place.stop], show_progress="hidden",
-        trigger_mode="once", api_visibility="private", **GPU,
-    )  # fmt: skip
+        work,
+        [*inputs, *studio.form],
+        [*outputs, place.meter, draw, place.stop],
+        show_progress="hidden",
+        trigger_mode="once",
+        api_visibility="private",
+        **GPU,
+    )
     place.stop.click(halt, None, [place.meter, draw, place.stop], cancels=[running], **QUIET)
 
 

@@ -24,10 +24,18 @@ def wish_of(engine: Any, values: tuple[Any, ...]) -> Wish:
     prompt, written, agreed, rows, negative, seed, count, steps, guidance, sampler, width, height, masks = values
     prompt, blend = mix.taken_from(prompt or "", mix.newest(written or "", agreed or "", rows))
     asked = {
-        "prompt": prompt, "blend": blend, "negative_prompt": negative, "seed": seed, "count": count, "steps": steps,
-        "guidance_scale": guidance, "sampler": sampler, "width": width, "height": height,
+        "prompt": prompt,
+        "blend": blend,
+        "negative_prompt": negative,
+        "seed": seed,
+        "count": count,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "width": width,
+        "height": height,
         "masks": mix.used_masks(blend, masks),
-    }  # fmt: skip
+    }
     engine.refresh()
     return Wish.of({**engine.start.values, **asked}, engine.limits, list(engine.cards))
 
@@ -71,9 +79,11 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
             wish = wish.changed(seed=random.randrange(2**32))
         stop, started = sessions.begin(request), time.perf_counter()
         yield {
-            stage.meter: {"text": WORDS.waiting}, studio.seed: wish.seed,
-            studio.draw: gr.Button(interactive=False), studio.stop: gr.Button(interactive=True),
-        }  # fmt: skip
+            stage.meter: {"text": WORDS.waiting},
+            studio.seed: wish.seed,
+            studio.draw: gr.Button(interactive=False),
+            studio.stop: gr.Button(interactive=True),
+        }
         try:
             for frame in engine.draw([wish], stop):
                 if frame.ids:
@@ -102,22 +112,35 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
             **idle(WORDS.drawn(len(paths), seconds, wish.seed)),
             stage.picture: gr.Image(paths[0], visible=one),
             stage.batch: gr.Gallery(paths, visible=not one, columns=2 if len(paths) <= 4 else 3 if len(paths) <= 9 else 4),
-            stage.history: shown, stage.history_page: number, stage.history_line: text,
-            stage.chosen: first, stage.take: gr.Button(interactive=True), stage.remove: gr.Button(interactive=True),
-        }  # fmt: skip
+            stage.history: shown,
+            stage.history_page: number,
+            stage.history_line: text,
+            stage.chosen: first,
+            stage.take: gr.Button(interactive=True),
+            stage.remove: gr.Button(interactive=True),
+        }
 
     def idle(text: str) -> dict[Any, Any]:
         return {
-            stage.meter: {"text": text}, studio.draw: gr.Button(interactive=True), studio.stop: gr.Button(interactive=False)
-        }  # fmt: skip
+            stage.meter: {"text": text},
+            studio.draw: gr.Button(interactive=True),
+            studio.stop: gr.Button(interactive=False),
+        }
 
     def halt(request: gr.Request) -> tuple[Any, ...]:
         sessions.end(request)
         return {"text": WORDS.stopped}, gr.Button(interactive=True), gr.Button(interactive=False)
 
     running = gr.on(
-        [studio.draw.click, studio.prompt.submit], draw, [studio.fresh_seed, *studio.form], outputs,
-        show_progress="minimal", show_progress_on=[stage.picture], trigger_mode="once", api_visibility="private", **GPU,
-    )  # fmt: skip
+        [studio.draw.click, studio.prompt.submit],
+        draw,
+        [studio.fresh_seed, *studio.form],
+        outputs,
+        show_progress="minimal",
+        show_progress_on=[stage.picture],
+        trigger_mode="once",
+        api_visibility="private",
+        **GPU,
+    )
     studio.stop.click(halt, None, [stage.meter, studio.draw, studio.stop], cancels=[running], **QUIET)
     return running

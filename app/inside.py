@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from app.components import heat, line, table
 from app.studio import QUIET
@@ -26,15 +25,28 @@ def inside(engine: Any, tab: gr.Tab) -> None:
             gr.Markdown(f"### {WORDS.inside_bytes}")
             cost = line("inside-bytes-note")
             sizes = gr.BarPlot(
-                pd.DataFrame({"what": [], "kB": [], "of it": []}), x="what", y="kB", color="of it", height=230,
-                x_title="", show_label=False, elem_id="inside-bytes", label=WORDS.inside_bytes,
-            )  # fmt: skip
+                x="what",
+                y="kB",
+                color="of it",
+                height=230,
+                x_title="",
+                show_label=False,
+                elem_id="inside-bytes",
+                visible=False,
+                label=WORDS.inside_bytes,
+            )
             gr.Markdown(f"### {WORDS.inside_spectrum}")
             line("inside-spectrum-note", WORDS.inside_spectrum_note)
             spectrum = gr.LinePlot(
-                pd.DataFrame({"directions": [], "energy left": [], "layers": []}), x="directions", y="energy left",
-                color="layers", height=260, show_label=False, elem_id="inside-spectrum", label=WORDS.inside_spectrum,
-            )  # fmt: skip
+                x="directions",
+                y="energy left",
+                color="layers",
+                height=260,
+                show_label=False,
+                elem_id="inside-spectrum",
+                visible=False,
+                label=WORDS.inside_spectrum,
+            )
     gr.Markdown(f"### {WORDS.concepts}")
     concepts = table("inside-concepts", WORDS.concepts)
 
@@ -44,6 +56,7 @@ def inside(engine: Any, tab: gr.Tab) -> None:
         if known is None:
             return (gr.skip(),) * 3 + (WORDS.no_subspace, gr.skip(), gr.skip())
         rows = {"head": list(WORDS.inside_head), "rows": known.concepts}
-        return known.overlap, known.retention, known.sizes, WORDS.cost(known.bytes), known.spectra, rows
+        plots = gr.BarPlot(known.sizes, visible=True), gr.LinePlot(known.spectra, visible=True)
+        return known.overlap, known.retention, plots[0], WORDS.cost(known.bytes), plots[1], rows
 
     tab.select(look, None, [overlap, retention, sizes, cost, spectrum, concepts], **QUIET)

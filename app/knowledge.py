@@ -133,7 +133,13 @@ def sizes(subspace: Subspace, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]
 def concept_rows(subspace: Subspace) -> list[list[str]]:
     """Return the newest concepts as rows of a table."""
     return [
-        [concept.name, concept.kind, concept.trigger, str(concept.pseudo_rank), f"{2 * concept.numbers:,}",
-         f"{concept.retention:.4f}"]
+        [
+            concept.name,
+            concept.kind,
+            concept.trigger,
+            str(concept.pseudo_rank),
+            f"{2 * concept.numbers:,}",
+            f"{concept.retention:.4f}",
+        ]
         for concept in (subspace[name] for name in shown_names(subspace))
-    ]  # fmt: skip
+    ]

@@ -26,19 +26,31 @@ def learning(engine: Any) -> gr.HTML:
     with gr.Row(elem_classes="desk"):
         with gr.Column(scale=3, min_width=300):
             pictures = gr.File(
-                label=WORDS.learn_pictures, file_count="multiple", file_types=list(SIDES), type="filepath",
-                elem_id="learn-pictures", height=150,
-            )  # fmt: skip
+                label=WORDS.learn_pictures,
+                file_count="multiple",
+                file_types=list(SIDES),
+                type="filepath",
+                elem_id="learn-pictures",
+                height=150,
+            )
             name = gr.Textbox(label=WORDS.learn_name, placeholder="my-cat", max_length=100, elem_id="learn-name")
             with gr.Row(elem_classes="pair"):
                 kind = gr.Radio(
-                    [("Subject", "subject"), ("Style", "style")], value="subject", label=WORDS.kind, elem_id="learn-kind",
+                    [("Subject", "subject"), ("Style", "style")],
+                    value="subject",
+                    label=WORDS.kind,
+                    elem_id="learn-kind",
                     min_width=150,
-                )  # fmt: skip
+                )
                 trigger = gr.Textbox(
-                    label=WORDS.learn_trigger, placeholder=WORDS.learn_trigger_hint, max_length=100, elem_id="learn-trigger",
+                    label=WORDS.learn_trigger,
+                    placeholder=WORDS.learn_trigger_hint,
+                    max_length=100,
+                    elem_id="learn-trigger",
+                    lines=1,
+                    max_lines=1,
                     min_width=120,
-                )  # fmt: skip
+                )
             steps = gr.Slider(10, min(1000, MOST_STEPS), 200, step=10, label=WORDS.learn_steps, elem_id="learn-steps")
             with gr.Row(elem_id="learn-go"):
                 start = gr.Button(WORDS.learn_start, variant="primary", elem_id="learn-start", scale=3, min_width=80)
@@ -46,16 +58,26 @@ def learning(engine: Any) -> gr.HTML:
                     WORDS.cancel, variant="stop", elem_id="learn-cancel", scale=1, min_width=70, interactive=False
                 )
         with gr.Column(scale=6, min_width=320):
-            gr.Markdown(f"### {WORDS.learn_loss}")
             plot = gr.LinePlot(
-                pd.DataFrame({"step": [0], "loss": [0.0]}).head(0), x="step", y="loss", height=260, show_label=False,
-                elem_id="learn-plot", x_title="step", y_title="loss",
-            )  # fmt: skip
+                x="step",
+                y="loss",
+                height=260,
+                show_label=False,
+                visible=False,
+                elem_id="learn-plot",
+                x_title="step",
+                y_title="loss",
+            )
             status = meter("learn-status", WORDS.learn_idle)
             sample = gr.Image(
-                label=WORDS.learn_sample, format="jpeg", interactive=False, visible=False, elem_id="learn-sample", height=260,
+                label=WORDS.learn_sample,
+                format="jpeg",
+                interactive=False,
+                visible=False,
+                elem_id="learn-sample",
+                height=260,
                 buttons=[],
-            )  # fmt: skip
+            )
             news = line("learn-news")
 
     @spoken
@@ -81,16 +103,21 @@ def learning(engine: Any) -> gr.HTML:
             now |= {"done": progress.step, "of": progress.steps}
         shown: dict[Any, Any] = {status: now}
         if progress.losses:
-            shown[plot] = smoothed(progress.losses)
+            shown[plot] = gr.LinePlot(smoothed(progress.losses), visible=True)
         if progress.sample is not None:
             shown[sample] = gr.Image(sampled(progress.sample), visible=True)
         return shown
 
     outputs = [start, cancel, status, plot, sample, news]
     start.click(
-        learn, [pictures, name, kind, trigger, steps], outputs, show_progress="hidden", trigger_mode="once",
-        api_visibility="private", **LEARNING,
-    )  # fmt: skip
+        learn,
+        [pictures, name, kind, trigger, steps],
+        outputs,
+        show_progress="hidden",
+        trigger_mode="once",
+        api_visibility="private",
+        **LEARNING,
+    )
 
     def halt() -> dict[str, str]:
         engine.cancel_learning()

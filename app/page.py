@@ -17,7 +17,7 @@ from app.past import history_of, wire_history
 from app.regions import regions
 from app.remember import browser_form, form_from, wire_remember
 from app.restoring import restoring, wire_restoring
-from app.shelf import shelf_of, wire_blend, wire_library
+from app.shelf import shelf_state, wire_blend, wire_library
 from app.studio import QUIET, Canvas, Studio, canvas, controls, library
 from app.taking import taking
 from app.words import WORDS
@@ -73,8 +73,7 @@ def headline(engine: Any) -> str:
 def refreshed(engine: Any, query: str, kind: str, blend: str) -> tuple[Any, ...]:
     """Return the first page of cards after looking at the subspace file again."""
     engine.refresh()
-    shown, number, text, missing = shelf_of(engine, query, kind, 0, blend)
-    return shown, number, text, gr.Timer(active=missing)
+    return shelf_state(engine, query, kind, 0, blend)
 
 
 def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Studio, stage: Canvas, heads: list[Any]) -> None:

@@ -45,8 +45,10 @@ def wire_history(engine: Any, stage: Canvas) -> None:
     chosen = [stage.picture, stage.batch, stage.meter, stage.history, stage.chosen, stage.take, stage.remove]
     stage.history.click(choose, [stage.history_page], chosen, **QUIET)
     stage.remove.click(
-        remove, [stage.chosen, stage.history_page],
-        [*strip, stage.picture, stage.meter, stage.chosen, stage.take, stage.remove], **QUIET,
-    )  # fmt: skip
+        remove,
+        [stage.chosen, stage.history_page],
+        [*strip, stage.picture, stage.meter, stage.chosen, stage.take, stage.remove],
+        **QUIET,
+    )
     stage.newer.click(lambda number: history_of(engine, number - 1), [stage.history_page], strip, **QUIET)
     stage.older.click(lambda number: history_of(engine, number + 1), [stage.history_page], strip, **QUIET)

@@ -33,11 +33,20 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
     with gr.Row(elem_classes="desk"):
         with gr.Column(scale=4, min_width=320):
             canvas = gr.ImageEditor(
-                label=WORDS.region_canvas, show_label=False, type="numpy", image_mode="RGBA", sources=[], transforms=(),
-                canvas_size=(SIDE, SIDE), fixed_canvas=True, height=SIDE + 90, elem_id="region-canvas", buttons=[],
+                label=WORDS.region_canvas,
+                show_label=False,
+                type="numpy",
+                image_mode="RGBA",
+                sources=[],
+                transforms=(),
+                canvas_size=(SIDE, SIDE),
+                fixed_canvas=True,
+                height=SIDE + 90,
+                elem_id="region-canvas",
+                buttons=[],
                 layers=gr.LayerOptions(allow_additional_layers=False, layers=names),
                 brush=gr.Brush(default_size=60, colors=list(COLOURS), color_mode="fixed"),
-            )  # fmt: skip
+            )
         with gr.Column(scale=2, min_width=260):
             line("region-note", WORDS.region_note)
             chosen = [
@@ -47,9 +56,14 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
             draw, place = bench("region", WORDS.region_draw)
         with gr.Column(scale=4, min_width=320):
             picture = gr.Image(
-                label=WORDS.canvas, show_label=False, type="filepath", format="jpeg", interactive=False,
-                elem_id="region-picture", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+                label=WORDS.canvas,
+                show_label=False,
+                type="filepath",
+                format="jpeg",
+                interactive=False,
+                elem_id="region-picture",
+                buttons=["download", "fullscreen"],
+            )
 
     @spoken
     def work(request: gr.Request, painting: Any, *values: Any) -> Iterator[Any]:
@@ -92,9 +106,14 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
 
     outputs = [picture, place.meter, draw, place.stop, studio.masks, studio.written, studio.agreed, studio.mixer]
     running = draw.click(
-        work, [canvas, *chosen, *studio.form], outputs, show_progress="hidden", trigger_mode="once",
-        api_visibility="private", **GPU,
-    )  # fmt: skip
+        work,
+        [canvas, *chosen, *studio.form],
+        outputs,
+        show_progress="hidden",
+        trigger_mode="once",
+        api_visibility="private",
+        **GPU,
+    )
     place.stop.click(halt, None, [place.meter, draw, place.stop], cancels=[running], **QUIET)
     tab.select(offer, [studio.written], chosen, **QUIET)
 

@@ -19,10 +19,17 @@ from app.words import WORDS
 from share_diffusion.drawing import read_settings
 
 COMPARED = (
-    ("prompt", WORDS.prompt), ("blend", WORDS.blend), ("negative_prompt", WORDS.negative), ("seed", WORDS.seed),
-    ("steps", WORDS.steps), ("guidance_scale", WORDS.guidance), ("sampler", WORDS.sampler), ("width", WORDS.width),
-    ("height", WORDS.height), ("count", WORDS.count),
-)  # fmt: skip
+    ("prompt", WORDS.prompt),
+    ("blend", WORDS.blend),
+    ("negative_prompt", WORDS.negative),
+    ("seed", WORDS.seed),
+    ("steps", WORDS.steps),
+    ("guidance_scale", WORDS.guidance),
+    ("sampler", WORDS.sampler),
+    ("width", WORDS.width),
+    ("height", WORDS.height),
+    ("count", WORDS.count),
+)
 
 
 @dataclass
@@ -105,10 +112,19 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
     panel.apply.click(
         take,
         [panel.wish, shelf.search, shelf.kind, shelf.page],
-        [*studio.fields.values(), *shown, studio.mixer, studio.agreed, studio.masks, studio.fresh_seed, shelf.cards,
-         stage.meter, panel.file],
+        [
+            *studio.fields.values(),
+            *shown,
+            studio.mixer,
+            studio.agreed,
+            studio.masks,
+            studio.fresh_seed,
+            shelf.cards,
+            stage.meter,
+            panel.file,
+        ],
         **QUIET,
-    )  # fmt: skip
+    )
     panel.cancel.click(lambda: (*closed(), None), None, [*shown, panel.file], **QUIET)
 
 

@@ -20,7 +20,7 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     seen = [studio.written, studio.agreed, studio.mixer, studio.prompt, shelf.search, shelf.kind, shelf.page]
 
     def agree(blend: str, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
-        tiles_now, _, _, _ = shelf_of(engine, query, kind, number, blend)
+        tiles_now = shelf_of(engine, query, kind, number, blend)[0]
         rows = mix.rows_of(blend)
         return rows, blend, blend, prompt, tiles_now, advised(engine, rows)
 
@@ -57,14 +57,20 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     shelf.cards.click(toggle, seen, together, **QUIET)
     studio.mixer.delete(take_out, seen, together, **QUIET)
     studio.mixer.input(
-        slide, [studio.written, studio.agreed, studio.mixer], [studio.written, studio.agreed],
-        trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
+        slide,
+        [studio.written, studio.agreed, studio.mixer],
+        [studio.written, studio.agreed],
+        trigger_mode="always_last",
+        **QUIET,
+    )
     gr.on(
-        [studio.written.input, studio.written.submit, studio.written.blur], typed,
+        [studio.written.input, studio.written.submit, studio.written.blur],
+        typed,
         [studio.written, studio.agreed, shelf.search, shelf.kind, shelf.page],
-        [studio.mixer, studio.agreed, shelf.cards, studio.advice], trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
+        [studio.mixer, studio.agreed, shelf.cards, studio.advice],
+        trigger_mode="always_last",
+        **QUIET,
+    )
 
 
 def advised(engine: Any, rows: list[mix.Row]) -> str:
@@ -72,8 +78,8 @@ def advised(engine: Any, rows: list[mix.Row]) -> str:
     return engine.advice(list(dict.fromkeys(row["name"] for row in rows)))
 
 
-def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[dict[str, Any], int, str, bool]:
-    """Return the cards of a page, its number, what the line says, and whether pictures are still being drawn."""
+def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[dict[str, Any], int, str, bool, int]:
+    """Return the cards of a page, its number, what the line says, whether pictures are still to be drawn, and the pages."""
     cards, number, pages = page_of(chosen := found(list(engine.cards.values()), (query or "")[:200], kind), number)
     try:
         names = {row["name"] for row in mix.rows_of(blend)}
@@ -82,17 +88,23 @@ def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tup
     shown = [tile(card, engine.pictures.read(card), card.name in names) for card in cards]
     empty = WORDS.concepts_empty if engine.cards else WORDS.no_subspace
     missing = engine.want_cards(cards) > 0
-    return {"tiles": shown, "empty": empty}, number, WORDS.page(number, pages, len(chosen)), missing
+    return {"tiles": shown, "empty": empty}, number, WORDS.page(number, pages, len(chosen)), missing, pages
+
+
+def shelf_state(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[Any, ...]:
+    """Return what the shelf's components show, in the order that `wire_library` returns them."""
+    shown, number, text, missing, pages = shelf_of(engine, query, kind, number, blend)
+    turns = gr.Button(visible=pages > 1, interactive=number > 0), gr.Button(visible=pages > 1, interactive=number + 1 < pages)
+    return shown, number, text, gr.Timer(active=missing), *turns
 
 
 def wire_library(engine: Any, studio: Studio, shelf: Library) -> list[Any]:
     """Search, paging, and pictures that appear as they are drawn; returns what a loading page must set."""
-    outputs = [shelf.cards, shelf.page, shelf.line, shelf.timer]
+    outputs = [shelf.cards, shelf.page, shelf.line, shelf.timer, shelf.previous, shelf.next]
     inputs = [shelf.search, shelf.kind, shelf.page, studio.written]
 
     def show(query: str, kind: str, number: int, blend: str) -> tuple[Any, ...]:
-        shown, number, text, missing = shelf_of(engine, query, kind, number, blend)
-        return shown, number, text, gr.Timer(active=missing)
+        return shelf_state(engine, query, kind, number, blend)
 
     def turn(by: int):
         return lambda query, kind, number, blend: show(query, kind, number + by, blend)

@@ -28,7 +28,7 @@ class Studio:
     negative_prompt: gr.Textbox
     seed: gr.Number
     fresh_seed: gr.Checkbox
-    count: gr.Slider
+    count: gr.Number
     steps: gr.Slider
     guidance_scale: gr.Slider
     sampler: gr.Dropdown
@@ -108,7 +108,7 @@ def controls(engine: Any) -> Studio:
             draw = gr.Button(WORDS.draw, variant="primary", elem_id="draw", scale=3, min_width=80)
             stop = gr.Button(WORDS.stop, variant="stop", elem_id="stop", scale=1, min_width=70, interactive=False)
         with gr.Row(elem_classes="pair"):
-            count = gr.Slider(1, limits.count, 1, step=1, label=WORDS.count, elem_id="count", min_width=130, buttons=[])
+            count = gr.Number(1, label=WORDS.count, precision=0, minimum=1, maximum=limits.count, elem_id="count", min_width=90)
             seed = gr.Number(0, label=WORDS.seed, precision=0, minimum=0, elem_id="seed", min_width=110)
         fresh = gr.Checkbox(True, label=WORDS.fresh_seed, elem_id="fresh-seed", container=False)
         with gr.Accordion(WORDS.more, open=False, elem_id="more"):
@@ -124,22 +124,50 @@ def controls(engine: Any) -> Studio:
                 height = gr.Slider(value=start.height, label=WORDS.height, elem_id="height", **sides)
         extras = gr.Column(elem_id="extras", min_width=0)
     return Studio(
-        prompt, mix_rows, written, gr.State(""), negative, seed, fresh, count, steps, guidance, sampler, width, height,
-        draw, stop, gr.State({}), advice, extras,
-    )  # fmt: skip
+        prompt,
+        mix_rows,
+        written,
+        gr.State(""),
+        negative,
+        seed,
+        fresh,
+        count,
+        steps,
+        guidance,
+        sampler,
+        width,
+        height,
+        draw,
+        stop,
+        gr.State({}),
+        advice,
+        extras,
+    )
 
 
 def canvas() -> Canvas:
     """Lay out the picture and the history."""
     with gr.Column(scale=5, min_width=320, elem_id="stage"):
         picture = gr.Image(
-            label=WORDS.canvas, show_label=False, type="filepath", format="jpeg", interactive=False, elem_id="canvas",
-            buttons=["download", "fullscreen"], container=False,
-        )  # fmt: skip
+            label=WORDS.canvas,
+            show_label=False,
+            type="filepath",
+            format="jpeg",
+            interactive=False,
+            elem_id="canvas",
+            buttons=["download", "fullscreen"],
+            container=False,
+        )
         batch = gr.Gallery(
-            label=WORDS.batch, show_label=False, visible=False, elem_id="batch", columns=2, object_fit="contain",
-            buttons=["download", "fullscreen"], interactive=False,
-        )  # fmt: skip
+            label=WORDS.batch,
+            show_label=False,
+            visible=False,
+            elem_id="batch",
+            columns=2,
+            object_fit="contain",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+        )
         progress = meter("status", WORDS.idle)
         with gr.Row(elem_classes="bar"):
             gr.Markdown(f"### {WORDS.history}")
@@ -149,9 +177,7 @@ def canvas() -> Canvas:
             newer = gr.Button(WORDS.newer, size="sm", elem_id="newer", min_width=40)
             older = gr.Button(WORDS.older, size="sm", elem_id="older", min_width=40)
         history = tiles("history", WORDS.history, WORDS.history_empty)
-    return Canvas(
-        picture, batch, progress, history, gr.State(0), history_line, newer, older, gr.State(""), take, remove
-    )  # fmt: skip
+    return Canvas(picture, batch, progress, history, gr.State(0), history_line, newer, older, gr.State(""), take, remove)
 
 
 def library() -> Library:
@@ -163,7 +189,15 @@ def library() -> Library:
             previous = gr.Button(WORDS.previous, size="sm", elem_id="cards-previous", min_width=40)
             following = gr.Button(WORDS.next, size="sm", elem_id="cards-next", min_width=40)
         with gr.Column(elem_id="find"):
-            search = gr.Textbox(label=WORDS.search, placeholder=WORDS.search_hint, elem_id="search", min_width=120, scale=2)
+            search = gr.Textbox(
+                label=WORDS.search,
+                placeholder=WORDS.search_hint,
+                lines=1,
+                max_lines=1,
+                elem_id="search",
+                min_width=120,
+                scale=2,
+            )
             kind = gr.Radio(list(WORDS.kinds), value="all", label=WORDS.kind, elem_id="kind", min_width=150, scale=3)
         cards = tiles("cards", WORDS.concepts, WORDS.concepts_empty)
     return Library(search, kind, cards, gr.State(0), page_line, previous, following, gr.Timer(2.0))
