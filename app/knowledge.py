@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from share_diffusion.describe import describe
+from share_diffusion.describe import BYTES, describe, lora_bytes
 from share_diffusion.models.blocks import block_groups
 from share_diffusion.subspace import Subspace
 
@@ -79,9 +79,8 @@ def spectrum_rows(group: str, energies: Sequence[torch.Tensor]) -> list[tuple[in
 def overlap_matrix(subspace: Subspace) -> dict[str, Any]:
     """Return the cosines of all pairs of shown concepts, as a heat map."""
     names = shown_names(subspace)
-    places = [list(subspace.concepts).index(name) for name in names]
-    cosines = subspace.overlap()[places][:, places] if names else torch.zeros(0, 0)
-    rows = [[round(value, 3) for value in row] for row in cosines.tolist()]
+    shown = replace(subspace, concepts={name: subspace[name] for name in names})
+    rows = [[round(value, 3) for value in row] for row in shown.overlap().tolist()]
     return {"columns": names, "rows": names, "values": rows, "low": 0.0, "high": 1.0, "digits": 2}
 
 
@@ -118,7 +117,7 @@ def read_reports(places: Sequence[Path], names: Sequence[str]) -> dict[str, dict
 
 def sizes(subspace: Subspace, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the bytes of the file against separate LoRAs, as bars and as facts."""
-    facts = describe(subspace, path)["bytes"]
+    facts = byte_facts(subspace, path)
     coefficients = facts["per_concept_mean"] * len(subspace.concepts)
     rest = max(0.0, facts["total"] - facts["basis"] - coefficients)
     rows = [
@@ -128,6 +127,17 @@ def sizes(subspace: Subspace, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]
         ("separate LoRAs", facts["as_separate_loras"] / 1000, "concepts"),
     ]
     return pd.DataFrame(rows, columns=["what", "kB", "of it"]), facts
+
+
+def byte_facts(subspace: Subspace, path: Path) -> dict[str, Any]:
+    """Return the sizes that `describe` tells, without its overlaps of all pairs, which ten thousand concepts forbid."""
+    facts = dict(describe(replace(subspace, concepts={}), path)["bytes"])
+    count = max(1, len(subspace.concepts))
+    separate = sum(lora_bytes(subspace, name) for name in subspace.concepts)
+    mean = sum(BYTES * concept.numbers for concept in subspace.concepts.values()) / count
+    saved = separate / count - mean
+    enough = math.ceil(facts["basis"] / saved) if saved > 0 else None
+    return facts | {"per_concept_mean": mean, "as_separate_loras": separate, "break_even_concepts": enough}
 
 
 def concept_rows(subspace: Subspace) -> list[list[str]]:

@@ -17,7 +17,7 @@ from app.cards import Card, CardPictures, found, page_of
 from app.export import blended_lora, safe_name
 from app.history import History
 from app.job import Job, Lesson
-from app.knowledge import read_reports, spectrum_rows
+from app.knowledge import byte_facts, read_reports, spectrum_rows
 from app.masks import read_mask, write_mask
 from app.mix import newest, rows_of, taken_from, with_concept, with_rows, without_concept
 from app.plans import axis_of, strip_plan, sweep_plan, with_and_without
@@ -29,6 +29,7 @@ from app.security import Guard, blocked, launch_settings, prepare
 from app.speak import plain
 from app.wish import Limits, Wish, checked, restored
 from share_diffusion.blend import Blend
+from share_diffusion.describe import describe
 from share_diffusion.drawing import Sampling, png_info, save_png
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.progress import ProgressFile, read_progress
@@ -383,6 +384,13 @@ def test_progress_is_read_line_by_line_while_it_grows(tmp_path):
 def test_the_spectrum_starts_whole_and_ends_empty():
     rows = spectrum_rows("up", [torch.tensor([3.0, 1.0], dtype=torch.float64)])
     assert rows == [(0, 1.0, "up"), (1, 0.25, "up"), (2, 0.0, "up")]
+
+
+def test_the_bytes_are_those_that_the_command_line_shows(subspace, tmp_path):
+    saved = subspace.save(tmp_path / "s.safetensors")
+    told = describe(saved, tmp_path / "s.safetensors")["bytes"]
+    ours = byte_facts(saved, tmp_path / "s.safetensors")
+    assert {**ours, "per_concept_mean": round(ours["per_concept_mean"], 1)} == told
 
 
 def test_broken_reports_are_passed_over(tmp_path):
