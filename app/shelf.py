@@ -48,6 +48,8 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
         return text, text
 
     def typed(written: str, agreed: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
+        if written == agreed:  # nothing was typed: a slider may have moved since
+            return (gr.skip(),) * 4
         try:
             rows = mix.rows_of(written)
         except ValueError:
