@@ -59,7 +59,10 @@ def serve(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"port {arguments.port} cannot be opened ({error}); choose another with --port") from None
     print(f"http://{ADDRESS}:{arguments.port}/", flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        engine.cancel_learning()
 
 
 if __name__ == "__main__":

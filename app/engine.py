@@ -246,16 +246,18 @@ class Engine:
 
     def learn(self, pictures: Sequence[str], name: str, kind: str, trigger: str, steps: Any) -> Job:
         """Start learning a concept in its own process and return the job; one at a time."""
-        if self.job is not None:
+        if self.learning:
             raise ValueError("a concept is being learned already; wait for it, or cancel it")
         lesson = Lesson.of(pictures, name, kind, trigger, steps, names_in(self.file))
-        self.job = Job(lesson, self.own_file(), self.base, self.folder / "lessons")
-        try:
-            self.job.start()
-        except ValueError:
-            self.job = None
-            raise
-        return self.job
+        job = Job(lesson, self.own_file(), self.base, self.folder / "lessons")
+        job.start()
+        self.job = job
+        return job
+
+    @property
+    def learning(self) -> bool:
+        """Whether a concept is being learned; a lesson goes on when the page that started it is closed."""
+        return self.job is not None and self.job.running
 
     def own_file(self) -> Path:
         """Return the subspace file that learning may change: the ready-made one is copied first, and the copy opened."""

@@ -173,6 +173,11 @@ class Job:
         lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "the process ended without a word")
 
+    @property
+    def running(self) -> bool:
+        """Whether the process is still at it."""
+        return self.process is not None and self.process.poll() is None
+
     def cancel(self) -> None:
         """End the process, kindly first; the subspace file is as it was, or has the whole concept."""
         process = self.process

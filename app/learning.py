@@ -93,9 +93,7 @@ def learning(engine: Any) -> gr.HTML:
                 yield {news: WORDS.learned(job.lesson.name, progress.retention)}
         except ValueError as error:
             yield {status: {"text": plain(str(error))}}
-        finally:
-            engine.job = None
-        yield {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False)}
+        yield {start: gr.Button(interactive=True), cancel: gr.Button(interactive=engine.learning)}
 
     def look(progress: Progress) -> dict[Any, Any]:
         now = {"text": WORDS.lesson(progress.state, progress.step, progress.steps, plain(progress.problem))}

@@ -177,6 +177,7 @@ def test_a_concept_is_learned_from_the_page(view, server, tmp_path):
     view.fill("#learn-name textarea, #learn-name input", "glow")
     view.locator("#learn-steps input[type=number]").fill("10")
     view.locator("#learn-steps input[type=number]").press("Enter")
+    view.set_default_timeout(600_000)
     view.click("#learn-start")
     says(view, "#learn-news", "glow is in the subspace")
     assert [entry["name"] for entry in listing(server.file).concepts] == [*before, "glow"]
