@@ -4,6 +4,12 @@ share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
 share-diffusion grid --subspace FILE --prompt TEXT --blend BLEND --x robot=0..1/5 --y seed=0,1,2 --output grid.png
 share-diffusion overlap FILE [NAMES ...]
+share-diffusion fit LORA... --output FILE
+share-diffusion merge FILE LORA... [--distil]
+share-diffusion compare A B
+share-diffusion rename FILE OLD NEW
+share-diffusion export FILE --blend "watercolor:0.8 + robot:0.5" --format kohya --output blend.safetensors
+share-diffusion verify-export PATH
 share-diffusion drop FILE NAME
 share-diffusion verify FILE
 share-diffusion doctor
@@ -18,13 +24,33 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from share_diffusion.commands import doctor, drop, generate, grid, overlap, show, verify
+from share_diffusion.commands import (
+    compare,
+    doctor,
+    drop,
+    export,
+    fit,
+    generate,
+    grid,
+    merge,
+    overlap,
+    rename,
+    show,
+    verify,
+    verify_export,
+)
 
 COMMANDS = {
     "show": show,
     "generate": generate,
     "grid": grid,
     "overlap": overlap,
+    "fit": fit,
+    "merge": merge,
+    "compare": compare,
+    "rename": rename,
+    "export": export,
+    "verify-export": verify_export,
     "drop": drop,
     "verify": verify,
     "doctor": doctor,

@@ -2,7 +2,8 @@
 
 Where and when a concept acts, a layer of the picture knows; a layer of words does not (text encoders, which run once
 before the first step, and the keys and values of cross-attention, which stand at no place). There a concept acts with its
-mean over what is not seen: over the steps in a text encoder, over the picture in both. The rule keeps blends linear.
+mean over what is not seen: over the steps in a text encoder, over the picture in both. The rule keeps blends linear, and
+halves that make a whole are the whole; words at full weight leaked no less and no more in `tests/benchmarks/blending.py`.
 
     S  samples, 1 where all share a blend    C  columns: the whole picture, then regions    U  rows: concepts in block groups
 """

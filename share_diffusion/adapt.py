@@ -101,11 +101,13 @@ class Learner(nn.Module):
         return {name: [path.update() for path in entry] for name, entry in self.by_layer().items()}
 
     def lora(self) -> LoRA:
-        """Return the concept as it stands, as an ordinary LoRA."""
+        """Return the concept as it stands, as an ordinary LoRA; layers that the loss never reached have no columns."""
         layers = {}
         for name, entry in self.by_layer().items():
             pairs = [path.factors() for path in entry]
             up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs], dim=0)
+            if up.shape[1] == 0:
+                continue
             layers[name] = Factors(up.cpu().float(), down.cpu().float(), self.kernels[name])
         return LoRA(layers, {})
 
@@ -126,12 +128,19 @@ class Learner(nn.Module):
             held[name] = Coefficients(path.coefficients_alpha.detach().cpu(), path.coefficients_beta.detach().cpu())
         return held
 
-    def parameter_groups(self, rate: float, factor_rate: float) -> list[dict]:
-        """Return the optimizer's groups: coefficients at `rate`, factors (and LoRAs) at `factor_rate`."""
+    def parameter_groups(self, rate: float, factor_rate: float, text_rate: float | None = None) -> list[dict]:
+        """Return the optimizer's groups: coefficients at `rate`, factors (and LoRAs) at `factor_rate`.
+
+        With `text_rate` the coefficients of text encoders have it, and their factors are slowed down or sped up alike.
+        """
         named = list(self.named_parameters())
-        small = [parameter for name, parameter in named if "coefficients" in name]
-        large = [parameter for name, parameter in named if "coefficients" not in name]
-        groups = [{"params": small, "lr": rate}, {"params": large, "lr": factor_rate}]
+        groups = []
+        for text in (False, True) if text_rate is not None else (None,):
+            chosen = [(n, p) for n, p in named if text is None or n.startswith("paths.text_encoder") == text]
+            pace = text_rate / rate if text and text_rate is not None and rate else 1.0
+            small = [parameter for name, parameter in chosen if "coefficients" in name]
+            large = [parameter for name, parameter in chosen if "coefficients" not in name]
+            groups += [{"params": small, "lr": rate * pace}, {"params": large, "lr": factor_rate * pace}]
         return [group for group in groups if group["params"]]
 
     @property

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from share_diffusion.single_file import open_checkpoint, open_folder
+
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
@@ -25,10 +27,12 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     local_files_only: bool = False,
+    config: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Return the base's ordinary diffusers pipeline, in evaluation mode and without a progress bar of its own.
 
-    Raises ValueError with the remedy when there is no such base here and none can be fetched.
+    `config` is a diffusers folder from which a single file takes its configurations and tokenisers. Raises ValueError
+    with the remedy when there is no such base here and none can be fetched.
     """
     source = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
     if str(name_or_path) == "tiny" and not (TINY / "model_index.json").is_file():
@@ -37,33 +41,29 @@ def load_base(
         raise ValueError(f"base {str(source)!r}: pickled files can run code; convert it to .safetensors first")
     try:
         with quiet():
-            pipeline = open_pipeline(str(name_or_path), source, dtype, local_files_only)
+            pipeline = open_pipeline(str(name_or_path), source, dtype, local_files_only, Path(config) if config else None)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"cannot load the base {str(name_or_path)!r}: {first}. Give `tiny`, a diffusers folder, a .safetensors file, "
-            "or a hub id that can be reached (or is in the local cache, with --local_files_only)"
+            f"cannot load the base {str(name_or_path)!r}: {first.rstrip('.')}. Give `tiny`, a diffusers folder, a "
+            ".safetensors file, or a hub id that can be reached (or is in the local cache, with --local_files_only)"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def open_pipeline(name: str, source: Path, dtype: torch.dtype, local_files_only: bool) -> Any:
+def open_pipeline(name: str, source: Path, dtype: torch.dtype, local_files_only: bool, config: Path | None) -> Any:
     """Return the pipeline of a single file, a folder or a hub id."""
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
     options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": local_files_only}
     if source.suffix == ".safetensors":
         if not source.is_file():
             raise ValueError(f"there is no file {name}")
-        try:
-            return StableDiffusionPipeline.from_single_file(name, **options)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return StableDiffusionXLPipeline.from_single_file(name, **options)
-    place = str(source) if source.is_dir() else name
-    if source.is_dir() and not (source / "model_index.json").is_file():
-        raise ValueError(f"the folder {name} holds no model_index.json")
-    return DiffusionPipeline.from_pretrained(place, use_safetensors=True, **options)
+        return open_checkpoint(source, config, options)
+    if source.is_dir():
+        return open_folder(source, options)
+    return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """A data set: one flat folder of pictures, each with a caption.
 
     001.png + 001.txt (or 001.caption)         or  metadata.jsonl with one {"file_name": ..., "text": ...} a line
+    001.mask.png                               where to look: white counts, black does not
     10_name/001.png                            kohya's folders: every picture counts ten times
+    train/metadata.csv, train/001.png          Hugging Face's imagefolder: its `train` split is read
 
 A caption is looked for in metadata.jsonl, .txt, .caption, the file name (opt-in) and the instance prompt, in turn.
 Every picture is decoded once here, so that training never meets a broken one; nothing is left out without a word.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -20,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .pictures import PictureError, open_picture
+from share_diffusion.metadata import NAMES, key_of_file, read_metadata, read_text, shown
+from share_diffusion.pictures import PictureError, open_picture
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".svg", ".gif", ".tif", ".tiff", ".psd", ".dng", ".raw"}
@@ -29,7 +33,6 @@ NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # what UTF-16 read as UTF-8, or a br
 TRIGGER = "[trigger]"
 MAX_CAPTION = 2000
 MAX_REPEATS = 1000  # more is a date, as in 2024_summer
-MAX_TEXT_BYTES = 64 * 2**20
 
 Skipped = list[tuple[Path, str]]
 
@@ -41,6 +44,8 @@ class Example:
     picture: Path
     caption: str
     repeats: int = 1
+    digest: str = ""  # sha256 of the picture file
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Dataset:
         head = f"{len(self)} picture{'s' if len(self) > 1 else ''} ({len(self)} captioned, e.g. {caption!r})"
         if (total := sum(example.repeats for example in self.examples)) != len(self):
             head += f", {total} with repeats"
+        if masks := sum(example.mask is not None for example in self.examples):
+            head += f", {masks} with a mask"
         if self.skipped:
             head += f", {len(self.skipped)} skipped:"
         return "\n".join([head, *_lines(self.skipped, self.folder), *self.notes])
@@ -74,29 +81,35 @@ def read_dataset(
     trigger: str | None = None,
     instance_prompt: str | None = None,
     caption_from_filename: bool = False,
+    caption_column: str = "text",
+    repeats: int = 1,
     minimum_side: int = 32,
     recursive: bool = False,
 ) -> Dataset:
-    """The data set in `folder`, every picture checked and captioned.
+    """The data set in `folder`, every picture checked and captioned; each counts `repeats` times its folder's number.
 
     `[trigger]` in a caption becomes `trigger`, which is put in front where it is missing. `recursive` reads subfolders.
     Raises ValueError with everything that is wrong: captions missing, too long or not UTF-8, no usable picture, or
     more pictures refused than usable.
     """
     root = Path(folder)
-    _check_arguments(root, trigger, instance_prompt, minimum_side)
+    _check_arguments(root, trigger, instance_prompt, minimum_side, repeats)
+    root = _split(root)
     files, skipped = _scan(root, root, recursive)
+    masks, files, lost = _masks(files)
     pictures, refused = _sort_out(files, minimum_side)
-    skipped += refused
-    rows, problems = _read_metadata(root, files)
+    skipped += refused + lost
+    rows, problems = read_metadata(root, files, caption_column)
     captions, more = _caption_all(root, pictures, files, rows, trigger, instance_prompt, caption_from_filename)
+    more += [problem for picture in pictures if (problem := _mask_problem(picture, masks.get(picture), root))]
     if problems := _picture_problems(root, pictures, skipped) + problems + more:
         raise ValueError("\n".join(problems))
 
-    examples = tuple(
-        Example(picture, caption.text, _repeats(picture, root)) for picture, caption in zip(pictures, captions, strict=True)
-    )
     digests = [_digest(picture) for picture in pictures]
+    examples = tuple(
+        Example(picture, caption.text, repeats * _repeats(picture, root), digest, masks.get(picture))
+        for picture, caption, digest in zip(pictures, captions, digests, strict=True)
+    )
     notes = [*_caption_notes(captions, trigger), *_unmatched(rows, files), *_duplicates(root, pictures, digests)]
     return Dataset(root, examples, tuple(skipped), tuple(notes), _fingerprint(examples, digests))
 
@@ -109,7 +122,58 @@ class Caption(NamedTuple):
     prefixed: bool
 
 
-def _check_arguments(root: Path, trigger: str | None, instance_prompt: str | None, minimum_side: int) -> None:
+def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
+    """Several folders as one data set, in their order."""
+    if len(datasets) == 1:
+        return datasets[0]
+    examples = tuple(example for dataset in datasets for example in dataset.examples)
+    folder = Path(os.path.commonpath([dataset.folder.resolve() for dataset in datasets]))
+    return Dataset(
+        folder,
+        examples,
+        tuple((path.resolve(), reason) for dataset in datasets for path, reason in dataset.skipped),
+        tuple(f"{dataset.folder}: {note}" for dataset in datasets for note in (f"{len(dataset)} pictures", *dataset.notes)),
+        _fingerprint(examples, [example.digest for example in examples]),
+    )
+
+
+def _split(root: Path) -> Path:
+    """The folder that holds the pictures: itself, or the `train` split of a Hugging Face imagefolder."""
+    inner = root / "train"
+    if not os.access(root, os.R_OK | os.X_OK):
+        return root  # which listing it will explain
+    here = any(entry.suffix.lower() in PICTURES or entry.name in NAMES for entry in root.iterdir())
+    return inner if not here and inner.is_dir() and not inner.is_symlink() else root
+
+
+def _masks(files: Sequence[Path]) -> tuple[dict[Path, Path], list[Path], Skipped]:
+    """The mask of each picture that has one, the other files, and masks of no picture."""
+    stems = {file.with_suffix(""): file for file in files if file.suffix.lower() in PICTURES and not _is_mask(file)}
+    found = [file for file in files if _is_mask(file)]
+    masks = {stems[owner]: file for file in found if (owner := file.with_name(file.stem).with_suffix("")) in stems}
+    lost = [(file, "is the mask of a picture that is not there; remove it") for file in found if file not in masks.values()]
+    return masks, [file for file in files if not _is_mask(file)], lost
+
+
+def _is_mask(file: Path) -> bool:
+    """Whether a file is named as a mask, 001.mask.png."""
+    return file.suffix.lower() == ".png" and Path(file.stem).suffix.lower() == ".mask"
+
+
+def _mask_problem(picture: Path, mask: Path | None, root: Path) -> str | None:
+    """What is wrong with a picture's mask, if anything."""
+    if mask is None:
+        return None
+    try:
+        sizes = open_picture(picture).size, open_picture(mask).size
+    except PictureError as error:
+        return f"{shown(mask, root)}: {error.reason}"
+    if sizes[0] == sizes[1]:
+        return None
+    return f"{shown(mask, root)} is {sizes[1][0]} x {sizes[1][1]}, its picture {sizes[0][0]} x {sizes[0][1]}; make them equal"
+
+
+def _check_arguments(root: Path, trigger: str | None, instance_prompt: str | None, minimum_side: int, repeats: int) -> None:
     """Refuse a folder that is none, and settings that cannot be meant."""
     problems = [_folder_problem(root)]
     for name, words in (("trigger", trigger), ("instance_prompt", instance_prompt)):
@@ -117,6 +181,8 @@ def _check_arguments(root: Path, trigger: str | None, instance_prompt: str | Non
             problems.append(f"{name} is {words!r}, at least one word is needed; leave it out to go without")
     if minimum_side < 1:
         problems.append(f"minimum_side is {minimum_side}, at least 1 pixel is needed; 32 is the default")
+    if not 1 <= repeats <= MAX_REPEATS:
+        problems.append(f"repeats is {repeats}; it is 1 to {MAX_REPEATS}")
     if problems := [problem for problem in problems if problem]:
         raise ValueError("\n".join(problems))
 
@@ -217,42 +283,10 @@ def _picture_problems(root: Path, pictures: Sequence[Path], skipped: Skipped) ->
         return []
     if folders:
         return [f"{root} holds no pictures, only subfolders; point --instance_data_dir at one of: {_some(folders, 10)}"]
+    if any(root.rglob("*.parquet")):
+        return [f"{root} holds pictures inside .parquet files, which are not read; save them as files (imagefolder)"]
     head = f"{root} holds no pictures, at least 1 is needed; put {' '.join(sorted(PICTURES))} files in it"
     return ["\n".join([head, *_lines(skipped, root)])]
-
-
-def _read_metadata(root: Path, files: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
-    """The captions of all metadata.jsonl by `_key` of their picture, and what is wrong with them."""
-    rows: dict[str, str] = {}
-    problems: list[str] = []
-    for file in (file for file in files if file.name == "metadata.jsonl"):
-        try:
-            lines = _read_text(file).split("\n")  # not splitlines: JSON may hold U+2028 as it is
-        except ValueError as error:
-            problems.append(f"{_show(file, root)}: {error}")
-            continue
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                name, text = _parse_row(line)
-                if rows.setdefault(_key(file.parent / name), text) != text:
-                    raise ValueError(f"gives {name!r} a second, different text; keep one")
-            except ValueError as error:
-                problems.append(f"{_show(file, root)} line {number} {error}")
-    return rows, problems
-
-
-def _parse_row(line: str) -> tuple[str, str]:
-    """file_name and text of one line of metadata.jsonl."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error}); write one object a line") from error
-    name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(text, str):
-        raise ValueError(f'is {line.strip()[:60]!r}; write it as {{"file_name": "001.png", "text": "a cat"}}')
-    return name, text
 
 
 def _caption_all(
@@ -265,7 +299,7 @@ def _caption_all(
     from_filename: bool,
 ) -> tuple[list[Caption], list[str]]:
     """The caption of every picture, and what is wrong with them; the list is as long as `pictures` if nothing is."""
-    texts = {_key(file.with_suffix(file.suffix.lower())): file for file in files}
+    texts = {key_of_file(file.with_suffix(file.suffix.lower())): file for file in files}
     captions: list[Caption] = []
     without: list[Path] = []
     problems: list[str] = []
@@ -278,7 +312,7 @@ def _caption_all(
             else:
                 without.append(picture)
         except ValueError as error:
-            problems.append(f"{_show(picture, root)}: {error}")
+            problems.append(f"{shown(picture, root)}: {error}")
     return captions, problems + _missing(root, without, len(pictures))
 
 
@@ -286,10 +320,10 @@ def _candidates(
     picture: Path, rows: Mapping[str, str], texts: Mapping[str, Path], from_filename: bool, instance_prompt: str | None
 ) -> Iterator[tuple[str, str]]:
     """Where the caption of a picture may stand and what it says there; the first that is not empty holds."""
-    yield "metadata.jsonl", _one_line(rows.get(_key(picture), ""))
+    yield "metadata", _one_line(rows.get(key_of_file(picture), ""))
     for suffix in (".txt", ".caption"):
-        if file := texts.get(_key(picture.with_suffix(suffix))):
-            yield suffix, _one_line(_read_text(file))
+        if file := texts.get(key_of_file(picture.with_suffix(suffix))):
+            yield suffix, _one_line(read_text(file))
     if from_filename:
         yield "the file name", _from_filename(picture)
     yield "the instance prompt", _one_line(instance_prompt or "")
@@ -314,12 +348,12 @@ def _missing(root: Path, without: Sequence[Path], total: int) -> list[str]:
     """The error for pictures that have no caption."""
     if not without:
         return []
-    names = _some([_show(picture, root) for picture in without], 5)
+    names = _some([shown(picture, root) for picture in without], 5)
     kohya = KOHYA.fullmatch(without[0].parent.name)
     prompt = kohya[2] if kohya else "a photo of a cat"
     return [
         f"{len(without)} of {total} pictures in {root} have no caption or an empty one, all need one: {names}\n"
-        f"  write one beside each picture ({_show(without[0].with_suffix('.txt'), root)}) or in metadata.jsonl,\n"
+        f"  write one beside each picture ({shown(without[0].with_suffix('.txt'), root)}) or in metadata.jsonl,\n"
         f"  or give all of them --instance_prompt {prompt!r},\n"
         f"  or take their file names with --caption_from_filename"
     ]
@@ -335,17 +369,17 @@ def _caption_notes(captions: Sequence[Caption], trigger: str | None) -> list[str
 
 
 def _unmatched(rows: Mapping[str, str], files: Sequence[Path]) -> list[str]:
-    """A note on captions in metadata.jsonl for pictures that are not there."""
-    there = {_key(file) for file in files}
+    """A note on captions in the metadata for pictures that are not there."""
+    there = {key_of_file(file) for file in files}
     names = [repr(Path(key).name) for key in rows if key not in there]
-    return [f"captions in metadata.jsonl without a picture ({len(names)}): {_some(names, 5)}"] if names else []
+    return [f"captions in the metadata without a picture ({len(names)}): {_some(names, 5)}"] if names else []
 
 
 def _duplicates(root: Path, pictures: Sequence[Path], digests: Sequence[str]) -> list[str]:
     """A note on pictures with the same bytes; they stay, and so count more than once."""
     first: dict[str, Path] = {}
     pairs = [
-        f"{_show(picture, root)} = {_show(first[digest], root)}"
+        f"{shown(picture, root)} = {shown(first[digest], root)}"
         for picture, digest in zip(pictures, digests, strict=True)
         if first.setdefault(digest, picture) != picture
     ]
@@ -354,7 +388,10 @@ def _duplicates(root: Path, pictures: Sequence[Path], digests: Sequence[str]) ->
 
 def _fingerprint(examples: Sequence[Example], digests: Sequence[str]) -> str:
     """sha256 over what training sees, and nothing else (no times, no paths)."""
-    seen = [[digest, example.caption, example.repeats] for example, digest in zip(examples, digests, strict=True)]
+    seen = [
+        [digest, example.caption, example.repeats, *([_digest(example.mask)] if example.mask else [])]
+        for example, digest in zip(examples, digests, strict=True)
+    ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
@@ -373,20 +410,6 @@ def _repeats(picture: Path, root: Path) -> int:
     return int(counts[1]) if counts and picture.parent != root else 1
 
 
-def _read_text(file: Path) -> str:
-    """A UTF-8 text file, with or without a byte order mark."""
-    if (size := file.stat().st_size) > MAX_TEXT_BYTES:
-        raise ValueError(f"{file.name} has {size:,} bytes, at most {MAX_TEXT_BYTES:,}; shorten it")
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{file.name} cannot be read ({error.strerror}); check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file.name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; save it as UTF-8"
-        ) from error
-
-
 def _one_line(text: str) -> str:
     """The text with every run of white space, line ends too, as one space."""
     return " ".join(text.split())
@@ -399,25 +422,15 @@ def _from_filename(picture: Path) -> str:
     return _one_line(words.replace("_", " "))
 
 
-def _key(path: Path) -> str:
-    """A path to compare by: macOS stores names decomposed, captions are often written composed."""
-    return unicodedata.normalize("NFC", str(path))
-
-
 def _order(name: str) -> tuple[list[str | int], str]:
     """What names are sorted by: numbers in them by value (2.png before 10.png), and always the same."""
     parts = re.split(r"(\d+)", unicodedata.normalize("NFC", name).casefold())
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
-def _show(path: Path, root: Path) -> str:
-    """A path below `root`, with everything escaped that is not printable."""
-    return repr(path.relative_to(root).as_posix())[1:-1]
-
-
 def _lines(skipped: Iterable[tuple[Path, str]], root: Path) -> list[str]:
     """Each left-out file with its reason, indented."""
-    return [f"  {_show(path, root)}: {reason}" for path, reason in skipped]
+    return [f"  {shown(path, root)}: {reason}" for path, reason in skipped]
 
 
 def _some(names: Sequence[str], count: int) -> str:

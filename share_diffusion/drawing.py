@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from share_diffusion.models.stable_diffusion import native_resolution
+from share_diffusion.models import family_of
 
 BATCH = 16
 
@@ -44,11 +44,12 @@ class Sampling:
 
     def resolved(self, pipeline: Any) -> Sampling:
         """Return the settings with every None replaced by the base's default."""
-        side = native_resolution(pipeline)
-        small = side <= 128
+        family = family_of(pipeline)
+        side = family.native_resolution(pipeline)
+        steps, guidance_scale = family.sampling(pipeline)
         return Sampling(
-            steps=self.steps or (25 if small else 30),
-            guidance_scale=self.guidance_scale if self.guidance_scale is not None else (3.0 if small else 7.5),
+            steps=self.steps or steps,
+            guidance_scale=self.guidance_scale if self.guidance_scale is not None else guidance_scale,
             negative_prompt=self.negative_prompt,
             width=self.width or side,
             height=self.height or side,
@@ -70,7 +71,8 @@ def generate(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
-    chosen = (sampling or Sampling()).resolved(pipeline)
+    chosen, family = (sampling or Sampling()).resolved(pipeline), family_of(pipeline)
+    assert chosen.guidance_scale is not None
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         some = list(prompts[start : start + BATCH])
@@ -78,13 +80,12 @@ def generate(
         with torch.no_grad():
             pictures += pipeline(
                 some,
-                negative_prompt=[chosen.negative_prompt] * len(some),
                 num_inference_steps=chosen.steps,
-                guidance_scale=chosen.guidance_scale,
                 width=chosen.width,
                 height=chosen.height,
                 generator=generators,
                 callback_on_step_end=watched(watch),
+                **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
             ).images
         if progress is not None:
             progress(len(pictures))

@@ -60,6 +60,10 @@ def save(subspace: Subspace, path: str | os.PathLike[str], *, replace: bool = Fa
 def load(path: str | os.PathLike[str], weights: Weights | None = None, *, look: bool = False) -> Subspace:
     """Read a subspace file; `look=True` leaves out what only the base's weights could give (see `Subspace.complete`)."""
     metadata, tensors, generation = storage.read(path)
+    if "patch" in metadata:
+        raise storage.StorageError(
+            f"{os.fspath(path)} is a patch; fold it in first: share-diffusion merge FILE {os.fspath(path)}"
+        )
     try:
         return unpack(metadata, tensors, generation, weights, look)
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
@@ -194,3 +198,9 @@ def drop_concept(path: str | os.PathLike[str], name: str) -> list[str]:
     smaller = changed(subspace.drop(name), complete=True)  # derived columns are not in the file, so none are needed
     save(smaller, path)
     return list(smaller.concepts)
+
+
+def rename_concept(path: str | os.PathLike[str], old: str, new: str) -> None:
+    """Give a concept of a file another name; works without the base's weights."""
+    subspace = load(path, look=True)
+    save(changed(subspace.rename(old, new), complete=True), path)

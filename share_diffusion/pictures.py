@@ -86,6 +86,45 @@ def fit_picture(
     return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else square
 
 
+def window(size: tuple[int, int], target: tuple[int, int], place: tuple[float, float]) -> tuple[float, float, float, float]:
+    """The largest window (left, top, right, bottom) of a picture (width, height) that has the target's shape.
+
+    `target` is (height, width); `place` puts the window from left (0) to right (1) and from top to bottom.
+    """
+    (width, height), (tall, wide) = size, target
+    across, down = (width, width * tall / wide) if width * tall <= height * wide else (height * wide / tall, height)
+    left, top = round(place[0] * (width - across)), round(place[1] * (height - down))
+    return left, top, min(left + across, width), min(top + down, height)
+
+
+def cut_picture(
+    image: Image.Image, target: tuple[int, int], place: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Image.Image:
+    """The picture's window of the target's shape, scaled to `target` = (height, width), mirrored if `flip`.
+
+    A square target gives what `fit_picture` gives; a mask (mode L) is cut alike.
+    """
+    box = window(image.size, target, place)
+    cut = image.resize((target[1], target[0]), Image.Resampling.LANCZOS, box=box)
+    return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """A mask file as grey values: 255 counts fully, 0 not at all."""
+    return open_picture(path).convert("L")
+
+
+def open_alpha(path: str | Path) -> Image.Image | None:
+    """A picture's own transparency as a mask, upright; None where all of it is opaque."""
+    path = Path(path)
+    _check_file(path)
+    image = _decode(path)
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as (3, height, width), float32 in [-1, 1]: value / 127.5 - 1."""
     if image.mode != "RGB":

@@ -55,7 +55,7 @@ def plan(
     count, batch, seconds = steps
     pictures = dataset.report().splitlines()
     if cut:
-        pictures.append(f"{cut} captions are longer than the text encoder reads and will be cut")
+        pictures.append(f"{cut} captions are longer than the base reads and will be cut")
     rows = [
         ("concept", f"{recipe.name} ({recipe.kind}), trigger {recipe.trigger!r}"),
         *(("pictures" if not number else "", line) for number, line in enumerate(pictures)),
@@ -71,7 +71,7 @@ def plan(
 
 def summary(name: str, report: Mapping[str, Any], file: Path, results: list[Path]) -> str:
     """Return what a finished run has done."""
-    losses, retention, sizes = report["losses"], report["retention"], report["file"]["bytes"]
+    losses, retention = report["losses"], report["retention"]
     lines = [
         "",
         f"{name} is learned: loss {losses['fixed_noise_before']:.4f} -> {losses['fixed_noise_after']:.4f}, "
@@ -80,8 +80,13 @@ def summary(name: str, report: Mapping[str, Any], file: Path, results: list[Path
     for concept, kept in retention["after"].items():
         earlier = retention["before"].get(concept)
         lines.append(f"  {concept:<20} retention {kept:.4f} " + (f"(before {earlier:.4f})" if earlier is not None else "(new)"))
-    lines.append(
-        f"  {file}: {sizes['total']:,} bytes, of which the shared basis has {sizes['basis']:,} "
-        f"and a concept {sizes['per_concept_mean']:,.0f}"
-    )
+    if patch := report.get("patch"):
+        lines.append(f"  {patch['path']}: {patch['bytes']:,} bytes, against basis version {patch['basis_version']}; then")
+        lines.append(f"  share-diffusion merge {file} {patch['path']}")
+    else:
+        sizes = report["file"]["bytes"]
+        lines.append(
+            f"  {file}: {sizes['total']:,} bytes, of which the shared basis has {sizes['basis']:,} "
+            f"and a concept {sizes['per_concept_mean']:,.0f}"
+        )
     return "\n".join([*lines, *(f"  {path}" for path in results)])

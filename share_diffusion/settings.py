@@ -13,7 +13,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,9 +25,25 @@ else:
 Settings = TypeVar("Settings")
 
 
-def flag(default: Any, text: str, *, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
-    """Return a dataclass field with its help text, legal values and other spellings."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "aliases": tuple(aliases)})
+def flag(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+    read: Callable[[str], Any] | None = None,
+) -> Any:
+    """Return a dataclass field with its help text, legal values, other spellings and how its text is read."""
+    facts = {"help": text, "choices": choices, "aliases": tuple(aliases), "read": read}
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def side(text: str) -> int:
+    """Return the side of square pictures, from 512 or kohya's 512,512."""
+    sides = {int(part) for part in text.replace("x", ",").split(",")}
+    if len(sides) != 1:
+        raise argparse.ArgumentTypeError(f"{text} is not square; give one number, and --use_aspect_ratio_buckets")
+    return sides.pop()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +77,7 @@ def _build(settings: type, prog: str | None, description: str | None) -> _Parser
         else:
             parser.add_argument(
                 *names,
-                type=kind,
+                type=field.metadata.get("read") or kind,
                 choices=field.metadata["choices"],
                 nargs="+" if many else None,
                 metavar="VALUE",
@@ -94,10 +110,31 @@ def _read_config(path: str, parser: _Parser) -> list[str]:
     return words
 
 
+def spell(settings: Any) -> list[str]:
+    """Return settings as the flags that give them, for another process."""
+    words: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no-{field.name}")
+        elif isinstance(value, tuple):
+            words += [f"--{field.name}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{field.name}={value}")
+    return words
+
+
 def parse(
-    settings: type[Settings], argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None
+    settings: type[Settings],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Settings:
-    """Read flags into the dataclass; exits with status 2 and one message when anything is wrong."""
+    """Read flags into the dataclass; exits with status 2 and one message when anything is wrong.
+
+    `elsewhere` says what to do in place of flags that only other programs have.
+    """
     parser = _build(settings, prog, description)
     words = list(sys.argv[1:] if argv is None else argv)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -109,7 +146,13 @@ def parse(
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
         wrong = [word for word in unknown if word.startswith("-")] or unknown
-        parser.error("; ".join(f"unknown {word.split('=')[0]}{_nearest(word.split('=')[0], known)}" for word in wrong))
+        names = [word.split("=")[0] for word in wrong]
+        parser.error(
+            "; ".join(
+                f"{name}: {elsewhere[name[2:]]}" if name[2:] in elsewhere else f"unknown {name}{_nearest(name, known)}"
+                for name in names
+            )
+        )
     chosen = {
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items() if name != "config"
     }

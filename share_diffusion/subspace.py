@@ -156,7 +156,12 @@ class Subspace:
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
         merged = merge_updates(grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank)
-        return replace(grown, layers=merged.layers, concepts=grown.join(merged, norms, about))
+        concepts = grown.join(merged, norms, about)
+        for name, lora in loras.items():
+            if lora.lost:  # what reading the file left out is as much gone as what the bases do not hold
+                whole = norms[name] / (1 - lora.lost) ** 0.5
+                concepts[name] = replace(concepts[name], norm=whole, retention=concepts[name].retention * (1 - lora.lost))
+        return replace(grown, layers=merged.layers, concepts=concepts)
 
     def merge_problems(self, loras: Mapping[str, LoRA], capacity: Capacity, pseudo_rank: int | None) -> list[str]:
         """Return everything that forbids a merge."""
@@ -230,6 +235,15 @@ class Subspace:
             for layer, basis in self.layers.items()
         }
         return replace(self, layers=layers, concepts=concepts)
+
+    def rename(self, old: str, new: str) -> Subspace:
+        """Return the subspace with a concept under another name, in its old place."""
+        concept, folded = self[old], check_name(new).casefold()
+        if taken := [name for name in self.concepts if name.casefold() == folded and name != concept.name]:
+            raise ValueError(f"concept {new!r} is already there as {taken[0]!r}; drop it first or choose another name")
+        renamed = replace(concept, name=new)
+        entries = [renamed if name == concept.name else entry for name, entry in self.concepts.items()]
+        return replace(self, concepts={entry.name: entry for entry in entries})
 
     def used_columns(self, layer: str, concepts: Mapping[str, Concept]) -> tuple[int, int]:
         """Return how many leading columns of a layer are still needed by the concepts, derived ones included."""

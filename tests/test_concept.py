@@ -12,8 +12,11 @@ import pytest
 import sequence
 import torch
 from PIL import Image
+from tiny_models import BUILDERS, save
 
 from share_diffusion.adapt import MODES
+from share_diffusion.asynchronous import merge_files
+from share_diffusion.progress import read_progress
 from share_diffusion.subspace import Subspace
 
 FAST = ["--max_train_steps", "4", "--train_batch_size", "2", "--gradient_batches", "1", "--checkpointing_steps", "2"]
@@ -63,13 +66,164 @@ def test_resumed_equals_uninterrupted(workplace):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+EVERYTHING = [
+    *("--use_aspect_ratio_buckets", "--bucket_step", "16", "--random_flip", "--no-center_crop", "--crops", "2"),
+    *("--caption_dropout_rate", "0.3", "--shuffle_caption", "--caption_tag_dropout_rate", "0.2", "--repeats", "2"),
+    *(
+        "--with_prior_preservation",
+        "--class_prompt",
+        "a photo of a house",
+        "--class_data_dir",
+        "houses",
+        "--num_class_images",
+        "2",
+    ),
+    *(
+        "--snr_gamma",
+        "5",
+        "--noise_offset",
+        "0.05",
+        "--preserve_weight",
+        "0.5",
+        "--ema_decay",
+        "0.9",
+        "--text_encoder_lr",
+        "1e-2",
+    ),
+    *("--optimizer", "torch.optim:NAdam", "--optimizer_args", "weight_decay=0.01", "--lr_scheduler", "cosine_with_restarts"),
+    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--cache_dir", "cache", "--lr_num_cycles", "2"),
+]
+
+
+def own_photos(folder):
+    for name, sizes in (("photos", [(120, 70), (70, 120), (90, 90)]), ("houses", [(64, 64), (80, 64)])):
+        (folder / name).mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size, (60 * number, 90, 160)).save(folder / name / f"{number}.png")
+    return ["--instance_data_dir", "photos", "--instance_prompt", "a photo of mycat, small, grey"]
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted_with_every_switch_that_has_a_state(workplace):
+    words = ["--concept", "mycat", *own_photos(workplace), *EVERYTHING]
+    assert run("--concept", "robot", "--subspace", "mine.safetensors") == 0
+    start = (workplace / "mine.safetensors").read_bytes()
+    (workplace / "again.safetensors").write_bytes(start)
+    assert run(*words, "--output_dir", "whole", "--subspace", "mine.safetensors") == 0
+    save_state = concept.save_state
+
+    def stop_after_first(*arguments):
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    concept.save_state = stop_after_first
+    try:
+        assert run(*words, "--output_dir", "parts", "--subspace", "again.safetensors") == 130
+    finally:
+        concept.save_state = save_state
+    assert (workplace / "again.safetensors").read_bytes() == start
+    words += ["--output_dir", "parts", "--subspace", "again.safetensors", "--resume_from_checkpoint", "latest"]
+    assert run(*words) == 0
+    assert (workplace / "mine.safetensors").read_bytes() == (workplace / "again.safetensors").read_bytes()
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(workplace, capsys):
+    words = ["--concept", "mycat", *own_photos(workplace), "--use_aspect_ratio_buckets", "--bucket_step", "16", "--dry_run"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "1 at 64 x 64" in said
+    assert "4 of 2 pictures" in said
+    assert not (workplace / "outputs").exists()
+    (workplace / "photos/bad.png").write_bytes(b"not a picture")
+    (workplace / "photos/0.txt").write_bytes(b"\xff\xfe")
+    assert run(*words) == 1
+    assert "0.png: 0.txt is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_validation_draws_measures_stops_early_and_is_told_to_other_programs(workplace, capsys):
+    assert run("--concept", "robot") == 0
+    words = ["--concept", "watercolor", "--learning_rate", "0", "--factor_learning_rate", "0", "--max_train_steps", "6"]
+    words += ["--validation_steps", "1", "--early_stop", "2", "--progress_file", "progress.jsonl", "--adaptation", "lora"]
+    assert run(*words, "--finetune_steps", "0") == 0
+    assert "learned after 2 steps" in capsys.readouterr().out
+    home = workplace / "outputs/tiny/watercolor"
+    report = json.loads((home / "report.json").read_text())
+    losses = [loss for _, loss in report["losses"]["validations"]]
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-6
+    kept = {when: report["retention"][when]["robot"] for when in ("before", "after")}
+    assert report["earlier"]["robot"] == {**kept, "unchanged": True}
+    with Image.open(home / "validation-000000.png") as sheet:
+        assert sheet.height > 380  # this concept and the earlier one
+    facts, _ = read_progress(workplace / "progress.jsonl")
+    assert facts[0]["sample"] == "sample-000000.png"
+    assert facts[-1]["done"] is True
+
+
+def test_what_cannot_be_meant_is_told_together_and_early(workplace, capsys):
+    words = ["--max_train_steps", "0", "--early_stop", "2", "--with_prior_preservation", "--preserve_weight", "-1"]
+    assert run("--concept", "robot", *words) == 1
+    said = capsys.readouterr().err
+    for part in ("--max_train_steps is 0", "--early_stop needs", "--class_prompt", "--preserve_weight is -1"):
+        assert part in said
+    assert run("--concept", "robot", "--optimizer", "prodigy") == 1
+    assert "pip install prodigyopt" in capsys.readouterr().err
+    assert run("--concept", "robot", "--report_to", "wandb") == 1
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_a_line_for_kohyas_trainer_runs_or_says_what_to_use(workplace, capsys):
+    line = (
+        "--pretrained_model_name_or_path=tiny --train_data_dir=photos --output_name=mycat --resolution=64,64 --enable_bucket "
+        "--bucket_reso_steps=16 --network_dim=4 --optimizer_type=AdamW --unet_lr=1e-2 --text_encoder_lr=5e-3 --flip_aug "
+        "--min_snr_gamma=5 --lr_scheduler=constant_with_warmup --lr_warmup_steps=2 --max_train_epochs=1 --shuffle_caption "
+        "--keep_tokens=1 --save_last_n_steps=2 --noise_offset=0.05 --seed=1 --gradient_checkpointing"
+    )
+    own_photos(workplace)
+    folder = workplace / "photos" / "2_mycat"
+    folder.mkdir()
+    for file in sorted((workplace / "photos").glob("*.png")):
+        file.rename(folder / file.name)
+        (folder / f"{file.stem}.txt").write_text("mycat, small, grey")
+    assert run(*line.split()) == 0
+    assert "mycat" in Subspace.load(file_of(workplace)).concepts
+    with pytest.raises(SystemExit):
+        run(*line.split(), "--network_module=networks.lora", "--cache_latents", "--clip_skip=2", "--train_text_encoders")
+    said = capsys.readouterr().err
+    for part in (
+        "--network_module: leave it out",
+        "--cache_latents: leave",
+        "--clip_skip: leave",
+        "did you mean --train_text_encoder?",
+    ):
+        assert part in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_every_family_learns_a_concept(workplace, name):
+    pipeline = BUILDERS[name]()
+    save(pipeline, workplace / name)
+    words = ["--concept", "mycat", *own_photos(workplace), "--base", name, "--preserve_weight", "0.1", "--random_flip"]
+    more = (
+        ["--gradient_checkpointing", "--low_vram", "--no-train_text_encoder"]
+        if name in ("sd3", "flux")
+        else ["--snr_gamma", "5"]
+    )
+    assert run(*words, *more, "--use_aspect_ratio_buckets", "--bucket_step", "16") == 0
+    held = Subspace.load(workplace / f"outputs/{name}/subspace.safetensors")["mycat"]
+    assert held.norm > 0
+    assert held.retention > 0.998
+
+
 def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
     loss = concept.denoising_loss
     calls = []
 
     def terminate(*arguments):
         calls.append(1)
-        if len(calls) == 2:  # the first looks at the gradient
+        if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*arguments)
 
@@ -203,6 +357,35 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(workplace, capsy
     said = capsys.readouterr().err
     assert "cannot write to" in said
     assert "taken" in said
+
+
+def test_a_patch_leaves_the_file_alone_and_merges_to_what_learning_in_place_gives(workplace, capsys):
+    assert run("--concept", "watercolor") == 0
+    before = file_of(workplace).read_bytes()
+    assert run("--concept", "robot", "--patch", "robot.patch.safetensors") == 0
+    assert file_of(workplace).read_bytes() == before
+    assert "share-diffusion merge" in capsys.readouterr().out
+    assert run("--concept", "robot", "--output_dir", "here", "--subspace", str(file_of(workplace))) == 0
+    here = Subspace.load(file_of(workplace))
+    (workplace / "there.safetensors").write_bytes(before)
+    there = merge_files("there.safetensors", ["robot.patch.safetensors"])
+    assert there["robot"].kind == "subject"
+    assert there["robot"].details["prompts"] == here["robot"].details["prompts"]
+    one, two = here.lora("robot"), there.lora("robot")
+    gap = sum(float((one.layers[p].dense() - two.layers[p].dense()).square().sum()) for p in one.layers)
+    assert gap**0.5 < 0.01 * one.norm
+    assert run("--concept", "owl", "--patch", "robot.patch.safetensors") == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_learn_a_sequence_side_by_side(workplace, capsys):
+    assert run("--concept", "watercolor") == 0
+    (workplace / "data/gnome").mkdir(parents=True)
+    assert sequence.main([*QUICK, "--concepts", "watercolor", "gnome", "robot", "--workers", "2"]) == 1
+    assert "gnome was not learned: error: " in capsys.readouterr().err
+    assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor", "robot"]
+    assert not list((workplace / "outputs/tiny/patches").glob("*.safetensors"))
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_the_precedence_of_captions(tmp_path: Path) -> None:
     data = read_dataset(tmp_path, instance_prompt="from prompt", caption_from_filename=True)
     expected = ["from metadata", "from txt", "from caption", "4 a red fox", "from prompt"]
     assert list(captions(data).values()) == expected
-    assert "metadata.jsonl (1), .txt (1), .caption (1), the file name (1), the instance prompt (1)" in data.notes[0]
+    assert "metadata (1), .txt (1), .caption (1), the file name (1), the instance prompt (1)" in data.notes[0]
     without_names = read_dataset(tmp_path, instance_prompt="from prompt")
     assert list(captions(without_names).values()) == expected[:3] + ["from prompt"] * 2
 
@@ -195,7 +195,7 @@ def test_metadata_for_pictures_that_are_not_there_is_noted(tmp_path: Path) -> No
     draw(tmp_path / "a.png")
     names = ["a.png", "../../b.png", "/c.png"]
     write(tmp_path / "metadata.jsonl", "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names))
-    assert "captions in metadata.jsonl without a picture (2): 'b.png', 'c.png'" in read_dataset(tmp_path).notes
+    assert "captions in the metadata without a picture (2): 'b.png', 'c.png'" in read_dataset(tmp_path).notes
 
 
 def test_no_captions_and_no_prompt_names_examples_and_remedies(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import share_diffusion
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "share_diffusion"
 BOTTOM = {"basis", "capacity", "concept", "container", "storage", "merge", "subspace", "file", "blend", "layer"}
+BOTTOM |= {"grammar", "cores", "methods", "regions", "active"}
 
 
 def imports(path):

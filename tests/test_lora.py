@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from share_diffusion.lora import Factors, LoRA
-from share_diffusion.lora.kohya import split_kohya
-from share_diffusion.lora.names import WORDS, canonical, dotted, underscored
+from share_diffusion.lora.names import VOCABULARIES, apart, canonical, dotted, underscored
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0"
@@ -370,12 +369,12 @@ def clip_output(model: nn.Module) -> Tensor:
 # Names
 
 
-@pytest.mark.parametrize("component", WORDS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(st.data())
-def test_known_words_come_apart_in_one_way_only(component: str, data: st.DataObject) -> None:
-    word = st.sampled_from(WORDS[component]) | st.integers(0, 99).map(str)
+def test_known_words_come_apart_in_one_way_only(vocabulary: str, data: st.DataObject) -> None:
+    word = st.sampled_from(VOCABULARIES[vocabulary]) | st.integers(0, 99).map(str)
     path = ".".join(data.draw(st.lists(word, min_size=1, max_size=9)))
-    assert dotted(underscored(path), component) == path
+    assert apart(underscored(path), vocabulary) == path
 
 
 @pytest.mark.parametrize("name", ["", "_", "to_q_", "_to_q", "to__q", "to_qq", "attn3_to_q", "conv_", "to_out.0", "q_proj"])
@@ -383,7 +382,7 @@ def test_a_name_with_an_unknown_part_is_not_understood_at_all(name: str) -> None
     assert dotted("mid_block_attentions_0", "unet") == "mid_block.attentions.0"
     assert dotted(name, "unet") is None
     assert dotted(f"mid_block_{name}_conv1", "unet") is None
-    assert dotted("to_q", "transformer") is None
+    assert dotted("to_q", "vae") is None
 
 
 def test_every_module_of_a_unet_and_a_clip_keeps_its_name(unet: nn.Module, clip: nn.Module) -> None:
@@ -673,8 +672,8 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     up, down = pair(6, 5, 2)
     mid = "lora_unet_mid_block_attentions_0"
     tensors = {
-        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": up,
-        "lora_te3_encoder_block_0_layer_0.alpha": torch.tensor(1.0),
+        "lora_unet_input_blocks_4_1_projector.lora_up.weight": up,
+        "lora_te3_text_model_layers_0.alpha": torch.tensor(1.0),
         f"{KOHYA_Q}.lora_up.weight": up,
         f"{mid}_proj_in.lora_up.weight": up,
         f"{mid}_proj_in.lora_down.weight": pair(6, 5, 3)[1],
@@ -687,8 +686,8 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     message = refusal(lambda: LoRA.read(path))
     assert message.startswith(f"{path}: 7 problems:")
     for words in (
-        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight [6, 2]: not a key of this dialect, or of an unknown layer",
-        "lora_te3_encoder_block_0_layer_0.alpha []: not a key",
+        "lora_unet_input_blocks_4_1_projector.lora_up.weight [6, 2]: not a key of this dialect, or of an unknown layer",
+        "lora_te3_text_model_layers_0.alpha []: not a key",
         f"{TO_Q}: has only up; the down matrix is missing",
         "unet.mid_block.attentions.0.proj_in: up (6, 2) and down (3, 5) do not multiply",
         "unet.mid_block.attentions.0.proj_out: holds NaN or infinite values",
@@ -743,22 +742,20 @@ def test_a_broken_layer_is_named(tmp_path: Path, parts: dict[str, Tensor], words
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        (f"{KOHYA_Q}.lokr_w1", "LoKr"),
-        (f"{KOHYA_Q}.hada_w1_a", "LoHa"),
-        (f"{KOHYA_Q}.dora_scale", "DoRA"),
-        (f"{TO_Q}.lora_magnitude_vector", "DoRA"),
-        (f"{KOHYA_Q}.lora_mid.weight", "LoCon in Tucker form"),
-        (f"{KOHYA_Q}.oft_blocks", "OFT"),
-        (f"{KOHYA_Q}.on_input", "IA3"),
-        (f"{KOHYA_Q}.diff", "whole-weight difference"),
-        ("unet:12:up", "cloneofsimo"),
+        (f"{KOHYA_Q}.dora_scale", "DoRA rescales"),
+        (f"{TO_Q}.lora_magnitude_vector", "DoRA rescales"),
+        (f"{KOHYA_Q}.oft_blocks", "OFT turns"),
+        (f"{KOHYA_Q}.on_input", "IA3 scales"),
+        (f"{KOHYA_Q}.diff", "whole-weight difference has full rank"),
+        (f"{KOHYA_Q}.w_norm", "normalisation layers are no matrices"),
     ],
 )
-def test_other_adaptations_are_recognised_and_refused(tmp_path: Path, key: str, kind: str) -> None:
+def test_what_is_no_low_rank_update_is_refused_with_its_layers(tmp_path: Path, key: str, kind: str) -> None:
     up, down = pair(6, 5, 2)
     tensors = {key: torch.ones(2), f"{TO_OUT}.lora_A.weight": down, f"{TO_OUT}.lora_B.weight": up}
     message = refusal(lambda: LoRA.read(saved(tmp_path, tensors)))
-    assert f"{kind}: 1 tensors, such as {key}; not read; convert the file to plain LoRA" in message
+    assert kind in message
+    assert f"1 tensors, {key}" in message
 
 
 def test_a_file_without_any_lora_is_refused(tmp_path: Path) -> None:
@@ -778,8 +775,8 @@ def test_a_file_without_any_lora_is_refused(tmp_path: Path) -> None:
         ("a.safetensors", (2**63).to_bytes(8, "little") + b"{}", "not a safetensors file, or cut short"),
         ("a.safetensors", (17 * 2**20).to_bytes(8, "little") + bytes(17 * 2**20), "the header has 17825792 bytes"),
         ("a.safetensors", (2).to_bytes(8, "little") + b"[]", "not a valid safetensors file"),
-        ("a.pt", b"", "a .pt file is a pickle, which can run code; only .safetensors is read"),
-        ("A.BIN", b"", "a .BIN file is a pickle"),
+        ("a.pt", b"", "not a file of torch.save since version 1.6"),
+        ("A.BIN", b"\x80\x02}q\x00.", 'torch.load(old, map_location="cpu", weights_only=True)'),
     ],
 )
 def test_a_wrong_file_is_refused_with_one_clear_message(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -846,6 +843,11 @@ WILD = [
     ("hyper07_skin_lesion/adapter_model.safetensors", "unet", 128, 1.47, 16 / 4),
     ("hyper07_skin_lesion", "unet", 128, 1.47, 16 / 4),
     ("hansjohn819_anime/sd15_text_encoder_adapter_model.safetensors", "text_encoder", 24, 0.63, 1),
+    ("jordanhilado_diffusers/sketch_sd15_ckpt500.bin", "unet", 128, 13.35, 1),
+    ("cloneofsimo_lora/lora_kiriko.pt", "unet", 128, 18.95, 1),
+    ("cloneofsimo_lora/lora_kiriko.text_encoder.pt", "text_encoder", 92, 7.39, 1),
+    ("cloneofsimo_lora/lora_illust.pt", "unet", 128, 15.76, 1),
+    ("cloneofsimo_lora/lora_pop.pt", "unet", 128, 8.57, 1),
     ("hansjohn819_anime/sdxl_text_encoder_adapter_model.safetensors", "text_encoder", 24, 0.56, 1),
 ]
 
@@ -865,28 +867,3 @@ def test_real_files_read_in_full(tmp_path: Path, name: str, component: str, coun
     assert lora.norm / scale == pytest.approx(norm, abs=0.0051)
     lora.write(tmp_path / "a.safetensors")
     assert LoRA.read(tmp_path / "a.safetensors").norm == pytest.approx(lora.norm, rel=1e-3)
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("cloneofsimo_lora/analog_svd_rank4.safetensors", "cloneofsimo: 384 tensors"),
-        ("cloneofsimo_lora/lora_disney.safetensors", "cloneofsimo: 384 tensors"),
-        ("kohakublueleaf_lycoris/smart_falcon_8_lokr.safetensors", "LoKr: 1400 tensors"),
-        ("jordanhilado_diffusers/sketch_sd15_ckpt500.bin", "is a pickle"),
-        ("cloneofsimo_lora/lora_pop.pt", "is a pickle"),
-    ],
-)
-def test_real_files_of_other_dialects_are_refused_by_name(name: str, words: str) -> None:
-    path = real(name)
-    assert words in refusal(lambda: LoRA.read(path))
-
-
-@pytest.mark.real
-def test_real_lycoris_names_are_all_understood() -> None:
-    path = real("kohakublueleaf_lycoris/smart_falcon_8_lokr.safetensors")
-    with safe_open(path, "pt") as file:
-        names = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
-    assert len(names) == 350
-    assert [name for name in names if split_kohya(f"{name}.alpha") is None] == []

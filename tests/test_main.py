@@ -73,6 +73,47 @@ def test_generate_is_reproducible_and_its_png_tells_how(file, tmp_path, capsys):
     assert "parameters" in Image.open(tmp_path / "one.png").text
 
 
+def test_a_prompt_and_flags_make_one_blend(file, tmp_path):
+    (mask := Image.new("L", (8, 8))).paste(255, (0, 0, 4, 8))
+    mask.save(tmp_path / "half.png")
+    words = ["generate", "--subspace", str(file), "--steps", "2", "--device", "cpu", "--output", str(tmp_path / "x.png")]
+    prompt = ["--prompt", "a red <share:robot:0.5[steps=0..0.5]> house"]
+    more = ["--blend", "watercolor", "--regions", "watercolor=@half soft=0.1", "--masks", f"half={tmp_path / 'half.png'}"]
+    assert main([*words, *prompt, *more, "--method", "ties density=0.4"]) == 0
+    settings = read_settings(tmp_path / "x.png")
+    assert settings["prompt"] == "a red house"
+    written = "watercolor:1[region=@half soft=0.1] + robot:0.5[steps=0..0.5] | ties density=0.4"
+    assert settings["blend"] == written
+    first = (tmp_path / "x.png").read_bytes()
+    again = ["--prompt", "a red house", "--blend", written, "--masks", f"half={tmp_path / 'half.png'}"]
+    assert main([*words, *again]) == 0
+    assert (tmp_path / "x.png").read_bytes() == first
+
+
+def test_grid_writes_a_sheet_its_cells_and_a_film(file, tmp_path, capsys):
+    words = ["grid", "--subspace", str(file), "--prompt", "a cat", "--steps", "1", "--device", "cpu"]
+    places = ["--output", str(tmp_path / "g.png"), "--cells", str(tmp_path / "cells"), "--gif", str(tmp_path / "g.gif")]
+    assert main([*words, *places, "--blend", "robot:0.5", "--x", "watercolor=0..1/3", "--y", "seed=1,2"]) == 0
+    assert [cell["seed"] for cell in read_settings(tmp_path / "g.png")["cells"]] == [1, 1, 1, 2, 2, 2]
+    assert read_settings(tmp_path / "cells" / "frame-004.png")["blend"] == "robot:0.5 + watercolor:0.5"
+    assert Image.open(tmp_path / "g.gif").n_frames == 10
+    assert main([*words, "--output", str(tmp_path / "s.png"), "--strip", "robot", "watercolor:0.5", "--frames", "3"]) == 0
+    assert read_settings(tmp_path / "s.png")["cells"][1]["blend"] == "robot:0.5 + watercolor:0.25"
+    capsys.readouterr()
+    assert main([*words, "--output", "x.jpg", "--y", "seed=1", "--gif", "x.png"]) == 1
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("either --x", "--y needs --x", "end in .png", "end in .gif"))
+
+
+def test_overlap_is_told_as_text_and_as_json(file, capsys):
+    assert main(["overlap", str(file)]) == 0
+    assert "watercolor and robot overlap" in capsys.readouterr().out
+    assert main(["overlap", str(file), "robot", "watercolor", "--json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)
+    assert {"one", "other", "cosine", "groups", "advice"} == set(pair)
+    assert set(pair["groups"]) == {"down", "mid", "up", "text"}
+
+
 def test_several_pictures_are_numbered(file, tmp_path, capsys):
     words = ["generate", "--prompt", "a cat", "--steps", "1", "--count", "2", "--device", "cpu"]
     assert main([*words, "--output", str(tmp_path / "new folder" / "x.png")]) == 0
@@ -88,6 +129,12 @@ def test_several_pictures_are_numbered(file, tmp_path, capsys):
         (["--width", "70"], "width is 70"),
         (["--steps", "0"], "steps is 0"),
         (["--count", "0"], "count is 0"),
+        (["--method", "mean"], "unknown method 'mean'"),
+        (["--regions", "robot=left"], "of a concept in the blend"),
+        (["--blend", "robot", "--regions", "robot=middle"], "unknown region 'middle'"),
+        (["--blend", "robot", "--masks", "hat=nowhere.png"], "cannot read 'nowhere.png'"),
+        (["--blend", "robot[region=@hat]"], "no mask for @hat"),
+        (["--blend", "robot[blocks=early]"], "no adapted layer is in block group early"),
     ],
 )
 def test_bad_requests_are_one_message_and_no_file(file, tmp_path, monkeypatch, capsys, words, expected):

@@ -7,11 +7,13 @@ from pathlib import Path
 import concept
 import pytest
 import sequence
+from PIL import Image
 
 import share_diffusion
 from share_diffusion.__main__ import build
 from share_diffusion.recipe import read_recipe_file
 from share_diffusion.settings import parse
+from share_diffusion.subspace import Subspace
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +36,17 @@ def test_the_first_python_lines_draw_a_blend(workplace):
         assert concept.main([*fast, "--concept", name]) == 0
     exec(blocks("python")[0], {})
     assert (workplace / "robot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_learns_two_concepts(workplace):
+    (workplace / "photos").mkdir()
+    Image.new("RGB", (80, 80), "orange").save(workplace / "photos/1.png")
+    one, two = (block for block in blocks("python") if "share_diffusion.loop" in block)
+    assert len([line for line in two.splitlines() if line and not line.startswith(("import", "from"))]) <= 15
+    exec(one.replace("steps=200", "steps=1"), {})
+    exec(two.replace("200", "1"), {})
+    assert list(Subspace.load("mine.safetensors").concepts) == ["mycat", "mydog"]
 
 
 def test_every_command_parses():

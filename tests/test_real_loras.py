@@ -15,7 +15,6 @@ from torch import Tensor
 from share_diffusion.basis import energy, thin_svd
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import LoRA
-from share_diffusion.lora.lora import parse
 from share_diffusion.subspace import Subspace
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "real-loras"
@@ -41,14 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def loras() -> dict[str, LoRA]:
-    """Read in the library's way; the one pickle among them as its error message advises."""
-    found = {}
-    for name, file in FILES.items():
-        if file.endswith(".bin"):
-            found[name] = LoRA(parse(torch.load(FOLDER / file, map_location="cpu", weights_only=True), {}))
-        else:
-            found[name] = LoRA.read(FOLDER / file)
-    return found
+    return {name: LoRA.read(FOLDER / file) for name, file in FILES.items()}
 
 
 def reference(loras: dict[str, LoRA], rank: int, vectors: Callable[[str, str], tuple[Tensor, Tensor]]) -> tuple[float, float]:

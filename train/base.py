@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from share_diffusion.precision import half_precision
 from share_diffusion.settings import flag, parse
 from share_diffusion.world.captions import caption
 from share_diffusion.world.scene import paint, reduce, sample_scene
@@ -280,7 +281,7 @@ def train_autoencoder(everything: np.ndarray, settings: BaseSettings) -> Autoenc
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(everything), (16,), generator=generator).numpy()
         batch = to_batch(everything[chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             posterior = modules["vae"].encode(batch).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             rebuilt = modules["vae"].decode(posterior.mean + posterior.std * noise).sample.float()
@@ -300,7 +301,7 @@ def train_decoder(vae: AutoencoderKL, everything: np.ndarray, settings: BaseSett
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(everything), (16,), generator=generator).numpy()
         batch = to_batch(everything[chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             with torch.no_grad():
                 latents = vae.encode(batch).latent_dist.mean
             scale = 0.05 * latents.std() * torch.rand(16, 1, 1, 1, generator=generator)
@@ -319,7 +320,7 @@ def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     means = []
     for start in tqdm(range(0, len(pictures), 64), desc="latents", mininterval=2):
         batch = to_batch(pictures[start : start + 64])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             means.append(vae.encode(batch).latent_dist.mean.float())
     return torch.cat(means)
 
@@ -343,7 +344,7 @@ def train_denoiser(latents: Tensor, texts: list[list[str]], tokenizer: CLIPToken
         times = (spread**0.6 * 1000).long().clamp_max(999)
         noisy = scheduler.add_noise(latents[order], noise, times)
         target = scheduler.get_velocity(latents[order], noise, times)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with half_precision(), sdpa_kernel(SDPBackend.MATH):
             states = modules["text_encoder"](tokens).last_hidden_state
             predicted = modules["unet"](noisy, times, states).sample
         return {"noise": F.mse_loss(predicted.float(), target)}

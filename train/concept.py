@@ -12,115 +12,49 @@ The file changes in one step at the end; whatever happens before leaves every ea
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from flags import ELSEWHERE, ConceptSettings, capacity_of, check, comparable
+from start import Run, open_subspace, parked, places, recipe_of, start, start_learner
 from tqdm import tqdm
+from watch import Watch, check_tracker, forgetting, learned_enough, write_whole
 
 from share_diffusion import storage
-from share_diffusion.adapt import MODES, Adaptation, Learner, gradient_directions, make_learner
+from share_diffusion.adapt import Adaptation, Learner, make_learner
 from share_diffusion.attached import Attached
-from share_diffusion.base import base_name, load_base
-from share_diffusion.basis import Basis
-from share_diffusion.capacity import Capacity, parse_bytes
+from share_diffusion.base import base_name
 from share_diffusion.checkpoint import find_state, save_state
-from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.describe import describe
-from share_diffusion.drawing import generate, save_png
+from share_diffusion.drawing import save_png
 from share_diffusion.interruption import Interruption
-from share_diffusion.learning import (
-    Denoiser,
-    Frozen,
-    Materials,
-    bad_pictures,
-    denoising_loss,
-    fixed_noise_loss,
-    freeze,
-    prepare,
-    rate_factor,
-)
-from share_diffusion.models.identity import identify, weight_of
-from share_diffusion.models.layers import select, shape_of
-from share_diffusion.models.stable_diffusion import native_resolution, too_long
-from share_diffusion.objective import Draw, draw
+from share_diffusion.learning import Denoiser, bad_pictures, denoising_loss
+from share_diffusion.models import family_of
+from share_diffusion.models.texts import too_long
+from share_diffusion.objective import Draw
+from share_diffusion.optimizers import Average, make_optimizer
+from share_diffusion.patch import make_patch, write_patch
 from share_diffusion.plan import lora_numbers, plan, summary
+from share_diffusion.preservation import Preservation
 from share_diffusion.progress import ProgressFile
-from share_diffusion.recipe import Recipe, find_recipe
-from share_diffusion.settings import flag, parse
+from share_diffusion.schedules import rate_factor
+from share_diffusion.settings import parse
 from share_diffusion.showcase import draw_base, draw_concepts, make_sheet
-from share_diffusion.subspace import Origin, Subspace
-from share_diffusion.world.render import render_folder
+from share_diffusion.subspace import Subspace
 
-ROOT = Path(__file__).resolve().parents[1]
 LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ConceptSettings:
-    """How one concept is learned."""
-
-    concept: str | None = flag(None, "its name; configs/concepts/NAME.toml or data/NAME/ is used where present")
-    pretrained_model_name_or_path: str = flag(
-        "tiny", "the base: tiny, a hub id, a diffusers folder or a .safetensors file", aliases=("base",)
-    )
-    subspace: str | None = flag(None, "the subspace file (default: OUTPUT_DIR/BASE/subspace.safetensors)")
-    output_dir: str = flag("outputs", "where files, sheets and reports go")
-    instance_data_dir: str | None = flag(None, "a folder of pictures and captions", aliases=("train_data_dir",))
-    instance_prompt: str | None = flag(None, "the caption of pictures that have none, e.g. 'a photo of mycat'")
-    caption_from_filename: bool = flag(False, "use file names as captions")
-    kind: str | None = flag(None, "style or subject", choices=("style", "subject"))
-    trigger: str | None = flag(None, "the word that calls the concept in a prompt")
-    validation_prompt: tuple[str, ...] = flag((), "prompts to draw on the sheet", aliases=("sample_prompts",))
-    adaptation: str = flag("gradient", "what trains", choices=MODES)
-    pseudo_rank: int = flag(4, "rank of the concept inside the subspace (p)")
-    temporary_rank: int = flag(4, "new directions per layer (phi)")
-    rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
-    basis: str = flag("adapters", "where a new subspace's first columns come from", choices=("adapters", "weights", "random"))
-    derived_rank: int = flag(8, "columns taken from the base's weights or a seed, with --basis weights or random")
-    basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
-    budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")
-    retain: float = flag(0.999, "share of the new concept's energy that the merge keeps")
-    targets: str = flag("attention", "layers: attention, attention+ff, all-linear or a regular expression")
-    train_text_encoder: bool = flag(True, "adapt the text encoder's layers as well")
-    resolution: int | None = flag(None, "side of the training pictures (default: the base's own)")
-    train_batch_size: int = flag(8, "pictures per step and process")
-    gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
-    max_train_steps: int = flag(200, "optimizer steps")
-    learning_rate: float = flag(2e-2, "rate of the coefficients")
-    factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
-    lr_scheduler: str = flag("cosine", "schedule", choices=("constant", "cosine", "linear"))
-    lr_warmup_steps: int = flag(10, "steps of linear warm-up")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    finetune_steps: int = flag(0, "steps on the newest concept's coefficients after the merge")
-    gradient_batches: int = flag(8, "batches whose gradient gives the new directions")
-    mixed_precision: str = flag("no", "precision of the forward pass", choices=tuple(PRECISIONS))
-    seed: int = flag(
-        0,
-        "decides noise, order and starting values",
-    )
-    checkpointing_steps: int = flag(50, "steps between two checkpoints")
-    checkpoints_total_limit: int | None = flag(2, "checkpoints that are kept", aliases=("save_last_n_steps",))
-    resume_from_checkpoint: str | None = flag(
-        None, "a checkpoint folder, latest, or auto (the latest if it fits this run)", aliases=("resume",)
-    )
-    sheet: bool = flag(True, "draw the contact sheet")
-    validation_steps: int | None = flag(None, "steps between two sample pictures while it learns (default: none)")
-    progress_file: str | None = flag(None, "a file of JSON lines that tells other programs how far the run is")
-    local_files_only: bool = flag(False, "never ask the hub")
-    cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
+MOST_SKIPPED = 20  # steps in a row that fp16's loss scale may overflow
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; what the user can mend is one message and exit status 1."""
-    settings = parse(ConceptSettings, argv, description="Learn one concept and merge it into the subspace file.")
+    words = "Learn one concept and merge it into the subspace file."
+    settings = parse(ConceptSettings, argv, description=words, elsewhere=ELSEWHERE)
     progress = ProgressFile(Path(settings.progress_file) if settings.progress_file else None)
     try:
         learn(settings, progress)
@@ -135,439 +69,304 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> dict[str, Any]:
-    """Learn the concept and return the report (empty on all but the main process)."""
-    progress = progress or ProgressFile(None)
+    """Learn the concept and return the report (empty on all but the main process, and after a dry run)."""
     started = time.perf_counter()
-    recipe = recipe_of(settings)
-    folder, file = places(settings, recipe)
+    settings = check(settings)
+    check_tracker(settings.report_to)
+    folder, file = places(settings, recipe_of(settings))
+    torch.use_deterministic_algorithms(settings.deterministic)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         cpu=settings.cpu,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=folder / settings.logging_dir,
     )
-    capacity = capacity_of(settings)
-    with accelerator.main_process_first():
-        draw_world(recipe, accelerator)
-    dataset = read_pictures(settings, recipe)
-    base = settings.pretrained_model_name_or_path
-    pipeline = load_base(
-        base,
-        dtype=PRECISIONS[settings.mixed_precision],
-        device=accelerator.device,
-        local_files_only=settings.local_files_only,
-    )
-    freeze(pipeline)
-    modules = select(pipeline, settings.targets, settings.train_text_encoder)
-    subspace = open_subspace(settings, pipeline, file, recipe, modules)
-    materials = prepare(pipeline, dataset, settings.resolution or native_resolution(pipeline))
-
-    attached = Attached(pipeline, sorted(modules))
-    learner, seconds = start_learner(settings, accelerator, pipeline, subspace, materials, attached, modules)
-    lora = settings.rank, lora_numbers(modules, settings.rank)
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    steps = settings.max_train_steps, batch, seconds * settings.gradient_accumulation_steps
-    cut = len(too_long(pipeline, [example.caption for example in dataset.examples]))
-    held = list(subspace.concepts)
-    accelerator.print(plan(recipe, dataset, pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file))
-    attached.detach()
-    for place in (folder, file.parent):
+    run = start(settings, accelerator)
+    recipe, pipeline, subspace = run.recipe, run.pipeline, run.subspace
+    with Attached(pipeline, sorted(run.modules)) as attached:
+        learner, seconds = start_learner(run, attached)
+    accelerator.print(plan_of(run, learner, seconds))
+    if settings.dry_run:
+        return {}
+    for place in (folder, Path(settings.patch or file).parent):
         place.mkdir(parents=True, exist_ok=True)
     shown = settings.sheet and accelerator.is_main_process
+    if shown:
+        parked(run, away=False)
     untouched = draw_base(pipeline, recipe) if shown else []
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
 
-    with Attached(pipeline, sorted(modules)) as attached:
-        main = accelerator.is_main_process
-        watch = watcher(settings, pipeline, learner, attached, recipe, folder, progress) if main else None
-        facts = dataset, subspace.basis_version
-        losses = train(settings, accelerator, pipeline, learner, attached, materials, facts, folder, watch)
+    with Attached(pipeline, sorted({*run.modules, *subspace.layers})) as attached:
+        losses = train(run, learner, attached, progress or ProgressFile(None))
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return {}
-    with storage.locked(file, timeout=LOCK_SECONDS):
-        merged, retention = merge(settings, capacity, pipeline, subspace, recipe, learner, file, modules)
-        if settings.finetune_steps:
-            merged = finetune(settings, accelerator, pipeline, merged, recipe, materials, modules)
-        merged = merged.save(file)
+    if settings.patch:
+        merged = merge(run, subspace, learner)
+        details = {"prompts": list(recipe.prompts)}
+        lora = learner.lora()
+        patch = make_patch(subspace, recipe.name, lora, kind=recipe.kind, trigger=recipe.trigger, details=details)
+        write_patch(patch, settings.patch)
+    else:
+        with storage.locked(file, timeout=LOCK_SECONDS):
+            if file.exists() and storage.read_header(file).generation != subspace.generation:
+                subspace = open_subspace(settings, pipeline, file, recipe, run.modules)
+            merged = merge(run, subspace, learner)
+            if settings.finetune_steps:
+                merged = finetune(run, merged)
+            merged = merged.save(file)
     accelerator.wait_for_everyone()
     if shown:
+        parked(run, away=False)
         after = draw_concepts(pipeline, merged, "pictures after")
-        save_png(make_sheet(recipe, base_name(base), untouched, before, after), folder / "sheet.png")
-    report = {
-        "concept": recipe.name,
-        "settings": asdict(settings),
-        "losses": losses,
-        "retention": retention,
-        "trainables": learner.trainables,
-        "lora_trainables": lora[1],
-        "seconds": round(time.perf_counter() - started, 1),
-        "file": describe(merged, file),
-    }
+        sheet = make_sheet(recipe, base_name(settings.pretrained_model_name_or_path), untouched, before, after)
+        save_png(sheet, folder / "sheet.png")
+    report = report_of(run, learner, losses, subspace, merged)
+    report["seconds"] = round(time.perf_counter() - started, 1)
     write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
-    progress.tell(done=True, concept=recipe.name, retention=retention["after"], file_bytes=file.stat().st_size)
+    size = Path(settings.patch or file).stat().st_size
+    if progress is not None:
+        progress.tell(done=True, concept=recipe.name, retention=report["retention"]["after"], file_bytes=size)
     return report
 
 
-def recipe_of(settings: ConceptSettings) -> Recipe:
-    """Return what is to be learned."""
-    configs = [Path("configs/concepts"), ROOT / "configs/concepts"]
-    if settings.concept is None:
-        known = sorted(path.stem for path in (ROOT / "configs/concepts").glob("*.toml"))
-        raise ValueError(f"--concept is missing; give a name. Ready-made: {', '.join(known)}")
-    return find_recipe(
-        settings.concept,
-        configs,
-        Path("data"),
-        folder=settings.instance_data_dir,
-        kind=settings.kind,
-        trigger=settings.trigger,
-        instance_prompt=settings.instance_prompt,
-        prompts=settings.validation_prompt,
-    )
+def plan_of(run: Run, learner: Learner, seconds: float) -> str:
+    """Return what the run is going to do, in words."""
+    settings, lora = run.settings, (run.settings.rank, lora_numbers(run.modules, run.settings.rank))
+    effective = run.batch * settings.gradient_accumulation_steps
+    steps = run.steps, effective, seconds * settings.gradient_accumulation_steps
+    cut = len(too_long(family_of(run.pipeline), run.pipeline, list(run.pictures.captions)))
+    base, held = settings.pretrained_model_name_or_path, list(run.subspace.concepts)
+    file = Path(settings.patch or run.file)
+    text = plan(run.recipe, run.dataset, run.pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file)
+    sizes = sorted({size: run.pictures.buckets.count(size) for size in run.pictures.buckets}.items())
+    buckets = ", ".join(f"{count} at {width} x {height}" for (height, width), count in sizes)
+    epochs = run.steps * effective / len(run.pictures)
+    more = f"  {'sizes':<10}{buckets}; {len(run.pictures.latents[0])} cut(s) of each; {epochs:.1f} passes\n"
+    if run.class_pictures is not None:
+        more += f"  {'class':<10}{len(run.class_pictures)} pictures, weight {settings.prior_loss_weight:g}\n"
+    return text.rstrip() + "\n" + more
 
 
-def subspace_file(settings: ConceptSettings) -> Path:
-    """Return where the subspace file is, or will be."""
-    if settings.subspace:
-        return Path(settings.subspace)
-    return Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / "subspace.safetensors"
-
-
-def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
-    """Return the concept's output folder and the subspace file; whether they can be written is seen before any work."""
-    file = subspace_file(settings)
-    folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
-    for place in (folder, file.parent):
-        present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-        if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot write to {present}, where {place} would be; choose another --output_dir or --subspace")
-    return folder, file
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def read_pictures(settings: ConceptSettings, recipe: Recipe) -> Dataset:
-    """Return the concept's pictures and captions."""
-    return read_dataset(
-        recipe.folder,
-        trigger=recipe.trigger,
-        instance_prompt=recipe.instance_prompt,
-        caption_from_filename=settings.caption_from_filename,
-    )
-
-
-def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Render a ready-made concept's pictures on first use."""
-    if recipe.world is not None and not recipe.folder.exists():
-        accelerator.print(f"drawing {recipe.world.pictures} pictures into {recipe.folder}/")
-        world = recipe.world
-        render_folder(world.name, recipe.folder, world.pictures, world.seed, world.caption)
-
-
-def open_subspace(
-    settings: ConceptSettings, pipeline: Any, file: Path, recipe: Recipe, modules: dict[str, torch.nn.Module]
-) -> Subspace:
-    """Return the subspace so far, or an empty one for this base."""
-    identity = identify(pipeline, base_name(settings.pretrained_model_name_or_path))
-    weights = {path: weight_of(module) for path, module in modules.items()}
-    if not file.exists():
-        rank = 0 if settings.basis == "adapters" else settings.derived_rank
-        empty = Subspace(base=identity, origin=Origin(settings.basis, rank, settings.seed if settings.basis == "random" else 0))
-        return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
-    subspace = Subspace.load(file, weights)
-    if mismatch := subspace.base.mismatch(identity):
-        raise ValueError(f"{file}: wrong base: {mismatch}; train on {subspace.base.name!r}, or name another --subspace file")
-    if recipe.name.casefold() in (name.casefold() for name in subspace.concepts):
-        raise ValueError(
-            f"{file} already holds the concept {recipe.name!r}; choose another --concept name, or take it out first: "
-            f"share-diffusion drop {file} {recipe.name}"
-        )
-    return subspace.cover({path: shape_of(module) for path, module in modules.items()}, weights)
-
-
-def step_draw(settings: ConceptSettings, pipeline: Any, materials: Materials, step: int, accelerator: Accelerator) -> Draw:
-    """Return this process's share of a step's pictures, times and noise."""
-    everybody = accelerator.num_processes
-    whole = draw(
-        len(materials),
-        settings.train_batch_size * everybody,
-        tuple(materials.latents.shape[1:]),
-        pipeline.scheduler.config.num_train_timesteps,
-        settings.seed,
-        step,
-    )
-    mine = slice(accelerator.process_index, None, everybody)
-    return Draw(whole.indices[mine], whole.times[mine], whole.noise[mine])
-
-
-def start_learner(
-    settings: ConceptSettings,
-    accelerator: Accelerator,
-    pipeline: Any,
-    subspace: Subspace,
-    materials: Materials,
-    attached: Attached,
-    modules: dict[str, torch.nn.Module],
-) -> tuple[Learner, float]:
-    """Return what will train, and the seconds that one forward and backward pass took."""
-    adaptation = Adaptation(settings.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
-    bases = {path: basis for path, basis in subspace.layers.items() if path in modules}
-    first = all(min(basis.rank) == 0 for basis in bases.values())
-    rank = settings.rank if first and settings.adaptation == "gradient" else settings.temporary_rank
-    frozen = Frozen(pipeline)
-
-    def loss(index: int) -> torch.Tensor:
-        drawn = step_draw(settings, pipeline, materials, 1_000_000_000 + index, accelerator)
-        with accelerator.autocast():
-            return denoising_loss(frozen, pipeline, materials, drawn, accelerator.device).mean()
-
-    def average(sketch: torch.Tensor) -> torch.Tensor:
-        over_processes: Any = accelerator.reduce(sketch, "mean")
-        return over_processes
-
-    started = time.perf_counter()
-    wanted = adaptation.looks_at_gradient and not (first and settings.adaptation == "hybrid")
-    batches = settings.gradient_batches if wanted else 1
-    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, batches, settings.seed, average)
-    seconds = (time.perf_counter() - started) / batches
-    learner = make_learner(modules, bases, adaptation, directions if wanted else {}, settings.seed)
-    return learner.to(accelerator.device), seconds
-
-
-def train(
-    settings: ConceptSettings,
-    accelerator: Accelerator,
-    pipeline: Any,
-    learner: Learner,
-    attached: Attached,
-    materials: Materials,
-    learned_from: tuple[Dataset, str],
-    folder: Path,
-    watch: Callable[[int, float], None] | None = None,
-) -> dict[str, Any]:
-    """Train the learner; every random number is a function of (seed, step). Returns the losses.
-
-    `learned_from` is (data, version of the bases); `watch` is called with the number of steps done and the last loss.
-    """
-    dataset, basis_version = learned_from
-    optimizer = torch.optim.AdamW(
-        learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate),
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-    )
+def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile) -> dict[str, Any]:
+    """Train the learner; every random number is a function of (seed, step). Returns the losses."""
+    settings, accelerator = run.settings, run.accelerator
+    groups = learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate, settings.text_encoder_lr)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args)
+    average = Average(learner, settings.ema_decay) if settings.ema_decay else None
     rates = [group["lr"] for group in optimizer.param_groups]
-    facts = {"data": dataset.fingerprint, "basis_version": basis_version, "settings": comparable(settings)}
-    first, history = resume(settings, accelerator, learner, optimizer, folder, facts)
-    model, optimizer = accelerator.prepare(Denoiser(learner, pipeline, attached), optimizer)
-    fixed = [step_draw(settings, pipeline, materials, 2_000_000_000 + index, accelerator) for index in range(4)]
-    start_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
-    bar = tqdm(
-        range(first, settings.max_train_steps),
-        initial=first,
-        total=settings.max_train_steps,
-        desc="learning",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    first, history, recorded = resume(run, learner, optimizer, average)
+    model, optimizer = accelerator.prepare(Denoiser(learner, run.pipeline, attached), optimizer)
+    keeper = None
+    if settings.preserve_weight:
+        keeper = Preservation(run.pipeline, run.subspace, attached, run.pictures, run.recipe.trigger, settings.seed)
+    watch = Watch(run, learner, attached, average, progress)
+    start_loss = watch.loss(active=False)
+    if settings.validation_steps and not first:
+        watch.validate(0, recorded)
+    parked(run, away=True)
+    bar = tqdm(range(first, run.steps), initial=first, total=run.steps, desc="learning", unit="step",
+               disable=not accelerator.is_main_process)  # fmt: skip
+    skipped = 0
     with Interruption() as interruption:
         for step in bar:
+            factor = rate_factor(
+                settings.lr_scheduler, step, run.steps, settings.lr_warmup_steps, settings.lr_num_cycles, settings.lr_power
+            )
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * rate_factor(
-                    settings.lr_scheduler, step, settings.max_train_steps, settings.lr_warmup_steps
-                )
+                group["lr"] = rate * factor
             total = torch.zeros((), device=accelerator.device)
             for micro in range(settings.gradient_accumulation_steps):
-                drawn = step_draw(
-                    settings, pipeline, materials, step * settings.gradient_accumulation_steps + micro, accelerator
-                )
+                index = step * settings.gradient_accumulation_steps + micro
+                drawn = run.draw(index)
                 with accelerator.accumulate(model):
-                    losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
-                    loss = losses.mean()
-                    accelerator.backward(loss)
-                    total += loss.detach() / settings.gradient_accumulation_steps
+                    losses = denoising_loss(model, run.pipeline, run.pictures, drawn, accelerator.device, *snr(settings))
+                    accelerator.backward(losses.mean())
+                    total += losses.mean().detach() / settings.gradient_accumulation_steps
+                    further_losses(run, model, keeper, drawn, index)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                        refuse_nan(settings, losses, norm, drawn, materials, step)
+                        skipped = refuse_nan(run, losses, norm, drawn, step, skipped)
                         optimizer.step()
                         optimizer.zero_grad()
+            if average is not None:
+                average.update(learner)
             history.append(round(float(total), 6))
             bar.set_postfix(loss=f"{sum(history[-20:]) / len(history[-20:]):.4f}")
-            if watch is not None:
-                watch(step + 1, history[-1])
+            watch.step(step + 1, history[-1], optimizer.param_groups[0]["lr"])
+            if settings.validation_steps and (step + 1) % settings.validation_steps == 0:
+                watch.validate(step + 1, recorded)
+            done = learned_enough(recorded, settings.early_stop)
             due = (step + 1) % settings.checkpointing_steps == 0 or interruption.wanted
             if due and accelerator.is_main_process:
-                tensors = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
-                save_state(folder, step + 1, tensors, facts, settings.checkpoints_total_limit)
+                keep_state(run, step + 1, learner, optimizer, average, history, recorded)
             if interruption.wanted:
                 bar.close()
                 raise KeyboardInterrupt
-    attached.set(learner.updates())
-    end_loss = fixed_noise_loss(Frozen(pipeline), pipeline, materials, fixed, accelerator.device)
-    attached.set({})
-    return {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "steps": history}
+            if done:
+                accelerator.print(f"learned after {step + 1} steps: the loss at fixed noise gets no better")
+                break
+    if average is not None:
+        average.copy_to(learner)
+    end_loss = watch.loss(active=True)
+    if settings.report_to != "none":
+        accelerator.end_training()
+    losses = {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "steps": history}
+    return losses | ({"validations": recorded} if recorded else {})
 
 
-def watcher(
-    settings: ConceptSettings,
-    pipeline: Any,
-    learner: Learner,
-    attached: Attached,
-    recipe: Recipe,
-    folder: Path,
-    progress: ProgressFile,
-) -> Callable[[int, float], None]:
-    """Return what tells other programs of every step, and draws a sample now and then."""
-    steps = settings.max_train_steps
-
-    def watch(step: int, loss: float) -> None:
-        progress.tell(step=step, steps=steps, loss=loss)
-        if settings.validation_steps and step % settings.validation_steps == 0:
-            with torch.no_grad():
-                attached.set(learner.updates())
-                picture = generate(pipeline, recipe.prompts[:1], [0])[0]
-            name = f"sample-{step:06d}.png"
-            save_png(picture, folder / name)
-            progress.tell(step=step, steps=steps, sample=name)
-
-    return watch
+def snr(settings: ConceptSettings) -> tuple[float, ...]:
+    """Return the min-SNR gamma, where there is one."""
+    return () if settings.snr_gamma is None else (settings.snr_gamma,)
 
 
-def comparable(settings: ConceptSettings) -> dict[str, Any]:
-    """Return the settings that must not change between a run and its resumption."""
-    free = {
-        "resume_from_checkpoint",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "sheet",
-        "output_dir",
-        "subspace",
-        "validation_prompt",
-        "local_files_only",
-        "finetune_steps",
-        "instance_data_dir",
-        "validation_steps",
-        "progress_file",
-    }
+def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None, drawn: Draw, index: int) -> None:
+    """Add the gradients of the class's pictures and of what is to be preserved."""
+    settings, accelerator = run.settings, run.accelerator
+    if run.class_pictures is not None and settings.prior_loss_weight:
+        of_class = run.draw_class(index)
+        losses = denoising_loss(model, run.pipeline, run.class_pictures, of_class, accelerator.device, *snr(settings))
+        accelerator.backward(settings.prior_loss_weight * losses.mean())
+    if keeper is not None:
+        accelerator.backward(settings.preserve_weight * keeper.loss(model, drawn, index, accelerator.device).mean())
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that goes on from it."""
     return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in free
+        "data": run.data,
+        "basis_version": run.subspace.basis_version,
+        "settings": comparable(run.settings),
     }
+
+
+def keep_state(
+    run: Run,
+    step: int,
+    learner: Learner,
+    optimizer: Any,
+    average: Average | None,
+    history: list[float],
+    recorded: list[tuple[int, float]],
+) -> None:
+    """Write a checkpoint."""
+    tensors: dict[str, Any] = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
+    tensors |= {"average": average.state_dict()} if average is not None else {}
+    tensors |= {"validations": recorded} if recorded else {}
+    if run.accelerator.scaler is not None:
+        tensors["scaler"] = run.accelerator.scaler.state_dict()
+    save_state(run.folder, step, tensors, facts_of(run), run.settings.checkpoints_total_limit)
 
 
 def resume(
-    settings: ConceptSettings,
-    accelerator: Accelerator,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    facts: dict[str, Any],
-) -> tuple[int, list[float]]:
+    run: Run, learner: Learner, optimizer: torch.optim.Optimizer, average: Average | None
+) -> tuple[int, list[float], list[tuple[int, float]]]:
     """Restore a checkpoint where one is asked for; refuses one taken with other data or settings."""
+    settings, accelerator = run.settings, run.accelerator
     if settings.resume_from_checkpoint is None:
-        return 0, []
+        return 0, [], []
     automatic = settings.resume_from_checkpoint == "auto"
-    state, notes = find_state(folder, "latest" if automatic else settings.resume_from_checkpoint)
+    state, notes = find_state(run.folder, "latest" if automatic else settings.resume_from_checkpoint)
     for note in notes:
         accelerator.print(f"passed over: {note}")
     if state is None:
         if not automatic:
-            accelerator.print(f"no checkpoint in {folder}; starting at step 0")
-        return 0, []
+            accelerator.print(f"no checkpoint in {run.folder}; starting at step 0")
+        return 0, [], []
+    facts = facts_of(run)
     ours, theirs = facts["settings"], state.facts["settings"]
     changes = [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs.get(key)]
     changes += ["the pictures or captions have changed"] if facts["data"] != state.facts["data"] else []
     changes += ["the subspace file has changed"] if facts["basis_version"] != state.facts["basis_version"] else []
     if changes and automatic:
         accelerator.print(f"the checkpoint of step {state.step} is not this run's ({'; '.join(changes)}); starting at step 0")
-        return 0, []
+        return 0, [], []
     if changes:
         raise ValueError(
             f"cannot resume at step {state.step}: {'; '.join(changes)}. Set them back, or start again without resuming"
         )
     learner.load_state_dict(state.tensors["learner"])
     optimizer.load_state_dict(state.tensors["optimizer"])
+    if average is not None:
+        average.load_state_dict(state.tensors["average"])
+    if accelerator.scaler is not None and "scaler" in state.tensors:
+        accelerator.scaler.load_state_dict(state.tensors["scaler"])
     accelerator.print(f"resuming after step {state.step}")
-    return state.step, state.tensors["losses"]
+    return state.step, state.tensors["losses"], list(state.tensors.get("validations", []))
 
 
-def refuse_nan(
-    settings: ConceptSettings, losses: torch.Tensor, norm: Any, drawn: Draw, materials: Materials, step: int
-) -> None:
-    """Stop before the optimizer step when the loss or the gradient is not finite."""
-    if torch.isfinite(losses).all() and (norm is None or torch.isfinite(torch.as_tensor(norm))):
-        return
-    what = "loss" if not torch.isfinite(losses).all() else "gradient"
+def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int, skipped: int) -> int:
+    """Stop before the optimizer step when the loss or the gradient is not finite; return how many steps fp16 has skipped."""
+    sound_loss = bool(torch.isfinite(losses).all())
+    if sound_loss and (norm is None or bool(torch.isfinite(torch.as_tensor(norm)))):
+        return 0
+    if sound_loss and run.accelerator.scaler is not None and skipped < MOST_SKIPPED:
+        return skipped + 1  # the loss scale was too high: the scaler passes over the step and lowers it
+    settings = run.settings
+    names = ", ".join(bad_pictures(losses, drawn, run.pictures))
     raise ValueError(
-        f"the {what} is not finite at step {step} (pictures: {', '.join(bad_pictures(losses, drawn, materials))}); nothing "
-        f"was changed by this step and nothing is merged. Look at these pictures, or lower --learning_rate "
-        f"({settings.learning_rate:g}) or --factor_learning_rate ({settings.factor_learning_rate:g})"
+        f"the {'gradient' if sound_loss else 'loss'} is not finite at step {step} (pictures: {names}); nothing was changed by "
+        f"this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) or "
+        f"--factor_learning_rate ({settings.factor_learning_rate:g})"
         + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
     )
 
 
-def capacity_of(settings: ConceptSettings) -> Capacity:
-    """Return the limits of the merge."""
-    return Capacity(settings.retain, settings.basis_rank, parse_bytes(settings.budget) if settings.budget else None)
-
-
-def merge(
-    settings: ConceptSettings,
-    capacity: Capacity,
-    pipeline: Any,
-    subspace: Subspace,
-    recipe: Recipe,
-    learner: Learner,
-    file: Path,
-    modules: dict[str, torch.nn.Module],
-) -> tuple[Subspace, dict[str, Any]]:
-    """Fold the concept into the file's newest state and return it with every concept's retention before and after."""
-    if file.exists() and storage.read_header(file).generation != subspace.generation:
-        subspace = open_subspace(settings, pipeline, file, recipe, modules)
+def merge(run: Run, subspace: Subspace, learner: Learner) -> Subspace:
+    """Return the subspace with the concept folded in."""
+    recipe = run.recipe
     about = {"kind": recipe.kind, "trigger": recipe.trigger, "details": {"prompts": list(recipe.prompts)}}
-    lora = learner.lora()
-    merged = subspace.merge({recipe.name: lora}, capacity=capacity, about={recipe.name: about})
-    before = {name: concept.retention for name, concept in subspace.concepts.items()}
-    after = {name: concept.retention for name, concept in merged.concepts.items()}
-    return merged, {"before": before, "after": after}
+    return subspace.merge({recipe.name: learner.lora()}, capacity=capacity_of(run.settings), about={recipe.name: about})
 
 
-def finetune(
-    settings: ConceptSettings,
-    accelerator: Accelerator,
-    pipeline: Any,
-    subspace: Subspace,
-    recipe: Recipe,
-    materials: Materials,
-    modules: dict[str, torch.nn.Module],
-) -> Subspace:
+def finetune(run: Run, subspace: Subspace) -> Subspace:
     """Train the newest concept's coefficients alone, in the merged and now frozen bases."""
-    concept = subspace[recipe.name]
-    chosen = {path: modules[path] for path in concept.coefficients}
+    settings, concept, device = run.settings, subspace[run.recipe.name], run.accelerator.device
+    chosen = {path: run.modules[path] for path in concept.coefficients}
     bases = {path: subspace.layers[path] for path in chosen}
     learner = make_learner(chosen, bases, Adaptation("coefficients", concept.pseudo_rank), {}, settings.seed)
     learner.start_from(concept.coefficients)
-    learner.to(accelerator.device)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate / 4, betas=(0.9, 0.99), weight_decay=0.0)
-    with Attached(pipeline, sorted(chosen)) as attached:
-        model = Denoiser(learner, pipeline, attached)
+    learner.to(device)
+    rate = settings.learning_rate / 4
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    with Attached(run.pipeline, sorted(chosen)) as attached:
+        model = Denoiser(learner, run.pipeline, attached)
         for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
-            optimizer.param_groups[0]["lr"] = (
-                settings.learning_rate / 4 * rate_factor("cosine", step, settings.finetune_steps, 0)
-            )
-            drawn = step_draw(settings, pipeline, materials, 3_000_000_000 + step, accelerator)
-            losses = denoising_loss(model, pipeline, materials, drawn, accelerator.device)
+            optimizer.param_groups[0]["lr"] = rate * rate_factor("cosine", step, settings.finetune_steps, 0)
+            drawn = run.draw(3_000_000_000 + step)
+            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device)
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.max_grad_norm)
-            refuse_nan(settings, losses, norm, drawn, materials, step)
+            refuse_nan(run, losses, norm, drawn, step, MOST_SKIPPED)
             optimizer.step()
             optimizer.zero_grad()
-    return subspace.with_coefficients(recipe.name, learner.coefficients())
+    return subspace.with_coefficients(run.recipe.name, learner.coefficients())
+
+
+def report_of(run: Run, learner: Learner, losses: dict[str, Any], before: Subspace, merged: Subspace) -> dict[str, Any]:
+    """Return everything that a finished run has done, as it is written to report.json."""
+    settings = run.settings
+    report: dict[str, Any] = {
+        "concept": run.recipe.name,
+        "settings": asdict(settings),
+        "losses": losses,
+        "retention": {
+            "before": {name: concept.retention for name, concept in before.concepts.items()},
+            "after": {name: concept.retention for name, concept in merged.concepts.items()},
+        },
+        "earlier": forgetting(before, merged),
+        "trainables": learner.trainables,
+        "lora_trainables": lora_numbers(run.modules, settings.rank),
+    }
+    if settings.patch:
+        size = Path(settings.patch).stat().st_size
+        report["patch"] = {"path": settings.patch, "basis_version": before.basis_version, "bytes": size}
+    else:
+        report["file"] = describe(merged, run.file)
+    return report
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from share_diffusion.evaluate.gates import Sampling, check_base, sheet
 from share_diffusion.evaluate.judge import HEADS, UNKNOWN, Judge, Network, name_all, write_judge
+from share_diffusion.precision import half_precision
 from share_diffusion.settings import flag, parse
 from share_diffusion.world.characters import CHARACTERS
 from share_diffusion.world.render import PLAIN, Rendering, render, render_blend
@@ -75,7 +76,7 @@ class JudgeSettings:
     base: str = flag("share_diffusion/assets/tiny", "pipeline to judge")
     prompts: int = flag(512, "prompts of the gate")
     inference_steps: int = flag(25, "denoising steps of the gate")
-    guidance: float = flag(5.0, "guidance scale of the gate")
+    guidance: float = flag(2.0, "guidance scale of the gate")
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Genera
         part = examples[start : start + 50]
         blank = np.zeros((SIDE, SIDE, 3), np.uint8)
         batch = np.stack([blank if example.picture is None else example.picture for example in part])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             encoded: Any = vae.encode(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1)
         latents = encoded.latent_dist.mean.float()
         if generator is not None:
@@ -270,7 +271,7 @@ def through(vae: AutoencoderKL, examples: list[Example], generator: torch.Genera
             missing = torch.tensor([example.picture is None for example in part]).view(-1, 1, 1, 1)
             latents = perturbed(latents, spread, generator)
             latents = torch.where(missing, torch.where(kind < 0.5, coarsened(noise), noise), latents)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             pictures = vae.decode(latents).sample.float()  # type: ignore[union-attr]
         decoded.append(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     return np.concatenate(decoded)
@@ -369,7 +370,7 @@ def learn(pictures: np.ndarray, classes: np.ndarray, checkpoint: Path, settings:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = torch.randint(len(pictures), (64,), generator=generator).numpy()
         targets = torch.from_numpy(classes[chosen]).long()
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             logits = network(augment(pictures[chosen], generator))
         losses = [
             F.cross_entropy(logits[head].float(), targets[:, index], ignore_index=UNDEFINED) for index, head in enumerate(HEADS)

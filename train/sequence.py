@@ -1,21 +1,36 @@
-"""Learn a list of concepts, one after another, into one subspace file.
+"""Learn a list of concepts into one subspace file, one after another or several at a time.
 
     accelerate launch train/sequence.py --concepts watercolor blueprint robot
+    python train/sequence.py --concepts watercolor blueprint robot --workers 3
 
 Concepts that the file already holds are passed over, and a concept that was interrupted goes on from its last
 checkpoint: starting the same command again finishes what is left. Every flag of train/concept.py applies to each.
+
+With `--workers N` every concept is learned by a process of its own, N at a time, against the file as it is at the start,
+and handed back as a patch; all patches are then folded in at once. The same by hand on N machines: give each a copy of
+the file, run train/concept.py with --patch on it, gather the patches and run `share-diffusion merge FILE *.patch.safetensors`.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from concept import ConceptSettings, learn, subspace_file
+from concept import learn
+from flags import ELSEWHERE, ConceptSettings, capacity_of
+from start import subspace_file
+from torch import Tensor
 
+from share_diffusion import storage
+from share_diffusion.asynchronous import merge_files
+from share_diffusion.base import load_base
 from share_diffusion.file import listing
-from share_diffusion.settings import flag, parse
+from share_diffusion.models.identity import weights_of
+from share_diffusion.settings import flag, parse, spell
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,7 @@ class SequenceSettings(ConceptSettings):
     """Which concepts are learned, and how each of them is."""
 
     concepts: tuple[str, ...] = flag((), "the concepts, in order")
+    workers: int | None = flag(None, "learn this many at a time, each in a process of its own, and merge them at the end")
 
 
 def held(file: Path) -> set[str]:
@@ -30,28 +46,105 @@ def held(file: Path) -> set[str]:
     return {str(entry["name"]) for entry in listing(file).concepts} if file.exists() else set()
 
 
+def check(settings: SequenceSettings) -> None:
+    """Refuse settings that cannot be meant, all problems at once."""
+    problems = []
+    if not settings.concepts:
+        problems.append("--concepts is missing; give names, as in --concepts watercolor blueprint robot")
+    if twice := sorted({name for name in settings.concepts if settings.concepts.count(name) > 1}):
+        problems.append(f"--concepts names {', '.join(twice)} more than once; each concept is learned once")
+    if settings.workers is not None and settings.workers < 1:
+        problems.append(f"--workers is {settings.workers}; at least 1 process is needed")
+    if settings.patch:
+        problems.append(f"--patch {settings.patch} is for one concept; --workers N names a patch for each by itself")
+    if settings.dataset_config:
+        problems.append(f"--dataset_config {settings.dataset_config} is for one concept; a sequence reads data/NAME/ for each")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def one_of(settings: SequenceSettings, name: str) -> ConceptSettings:
+    """Return the settings of one concept of the list."""
+    common = {field.name: getattr(settings, field.name) for field in fields(ConceptSettings)}
+    one = ConceptSettings(**{**common, "concept": name, "instance_data_dir": None})
+    return replace(one, resume_from_checkpoint=settings.resume_from_checkpoint or "auto")
+
+
 def learn_all(settings: SequenceSettings) -> list[str]:
     """Learn what is not held yet and return the names of the concepts learned now."""
-    if not settings.concepts:
-        raise ValueError("--concepts is missing; give names, as in --concepts watercolor blueprint robot")
-    if twice := sorted({name for name in settings.concepts if settings.concepts.count(name) > 1}):
-        raise ValueError(f"--concepts names {', '.join(twice)} more than once; each concept is learned once")
-    common = {field.name: getattr(settings, field.name) for field in fields(ConceptSettings)}
+    check(settings)
     file = subspace_file(settings)
-    todo = [name for name in settings.concepts if name not in held(file)]
+    done = held(file)
+    todo = [name for name in settings.concepts if name not in done]
     for name in settings.concepts:
-        if name not in todo:
+        if name in done:
             print(f"{name}: already in {file}, passed over")
+    if settings.workers is not None and todo:
+        return learn_apart(settings, file, todo)
     for number, name in enumerate(todo, start=1):
         print(f"\n[{number} of {len(todo)}] {name}")
-        one = ConceptSettings(**{**common, "concept": name, "instance_data_dir": None})
-        learn(replace(one, resume_from_checkpoint=settings.resume_from_checkpoint or "auto"))
+        learn(one_of(settings, name))
     return todo
+
+
+def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> list[str]:
+    """Learn each concept in a process of its own, then fold all patches in; patches that exist are not learned again."""
+    folder = file.parent / "patches"
+    folder.mkdir(parents=True, exist_ok=True)
+    patches = {name: folder / f"{name}.patch.safetensors" for name in todo}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def work(name: str) -> int:
+        if patches[name].exists():
+            return 0
+        words = spell(replace(one_of(settings, name), patch=str(patches[name]), subspace=str(file)))
+        with (folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen([sys.executable, script(), *words], stdout=log, stderr=log)
+            processes.append(process)
+            return process.wait()
+
+    print(f"learning {len(todo)} concepts, {settings.workers} at a time; each one's words go to {folder}/NAME.log")
+    with ThreadPoolExecutor(settings.workers) as pool:
+        try:
+            codes = dict(zip(todo, pool.map(work, todo), strict=True))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+    failed = [name for name in todo if codes[name]]
+    if learned := [name for name in todo if not codes[name]]:
+        merge_files(
+            file, [patches[name] for name in learned], capacity=capacity_of(settings), weights=base_weights(settings, file)
+        )
+        for name in learned:
+            patches[name].unlink()
+    if failed:
+        last = {name: (folder / f"{name}.log").read_text(errors="replace").strip().rpartition("\n")[2] for name in failed}
+        raise ValueError(
+            "; ".join(f"{name} was not learned: {line}" for name, line in last.items())
+            + f". {len(learned)} of {len(todo)} are merged; start the same command again for the rest"
+        )
+    return learned
+
+
+def base_weights(settings: SequenceSettings, file: Path) -> dict[str, Tensor] | None:
+    """Return the base's weights where the file's basis comes from them."""
+    kind = storage.read_header(file).metadata["origin"]["kind"] if file.exists() else settings.basis
+    if kind != "weights":
+        return None
+    return weights_of(load_base(settings.pretrained_model_name_or_path, local_files_only=settings.local_files_only))
+
+
+def script() -> str:
+    """Return the path of the script that learns one concept."""
+    return str(Path(__file__).with_name("concept.py"))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    settings = parse(SequenceSettings, argv, description="Learn a list of concepts into one subspace file.")
+    words = "Learn a list of concepts into one subspace file."
+    settings = parse(SequenceSettings, argv, description=words, elsewhere=ELSEWHERE)
     try:
         learned = learn_all(settings)
     except ValueError as error:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from share_diffusion.models.identity import weights_of
     from share_diffusion.subspace import Subspace
 
-    prompt, blend = read_blend_flags(arguments)
+    arguments.prompt, blend = read_blend_flags(arguments)
     wished = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     check_drawing(arguments, blend)
     pipeline = load_base(
@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
         attach(pipeline, subspace).set_blend(blend, masks=read_masks(arguments.masks))
     sampling = wished.resolved(pipeline)
     seeds = list(range(arguments.seed, arguments.seed + arguments.count))
-    pictures = draw(pipeline, [prompt] * len(seeds), seeds, sampling)
+    pictures = draw(pipeline, [arguments.prompt] * len(seeds), seeds, sampling)
     for number, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
         output = arguments.output
         path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
-        save_png(picture, path, png_info(prompt, seed, sampling, str(blend), facts))
+        save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
         print(path)
 
 

@@ -34,7 +34,7 @@ class Sampling:
     """How pictures are drawn: denoising steps, guidance scale, seed of the first picture, pictures at once."""
 
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = 2.0
     seed: int = 0
     batch: int = 32
 

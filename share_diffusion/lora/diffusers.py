@@ -16,21 +16,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from share_diffusion.lora.assemble import Role, Scale, assemble, no_scale
+from share_diffusion.lora.assemble import ENDINGS, Role, Scale, assemble, no_scale
 from share_diffusion.lora.factors import Factors
 from share_diffusion.lora.kohya import four_dimensional
 from share_diffusion.lora.names import COMPONENTS, canonical
+from share_diffusion.lora.native import renamed
 
 Config = dict[str, Any]
 
-ENDINGS: dict[str, Role] = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
+DOTTED: dict[str, Role] = {
+    **{f".{ending}": role for ending, role in ENDINGS.items()},
     ".lora_A.default.weight": "down",
     ".lora_B.default.weight": "up",
     ".lora.down.weight": "down",
@@ -39,25 +40,24 @@ ENDINGS: dict[str, Role] = {
     "_lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
 }
 
 
-def is_dotted(key: str) -> bool:
-    """Whether a key ends as those of diffusers and PEFT do."""
-    return key.endswith(tuple(ENDINGS))
+def is_dotted(keys: Collection[str]) -> bool:
+    """Whether a file is of diffusers or PEFT: some of its keys end as those do."""
+    return any(key.endswith(tuple(DOTTED)) for key in keys)
 
 
-def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Factors]:
+def read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], most: int) -> dict[str, Factors]:
     """The layers of a diffusers file or of a PEFT folder."""
-    return assemble(tensors, split_dotted, scale_of(configs(tensors, metadata)))
+    return renamed(assemble(tensors, split_dotted, scale_of(configs(tensors, metadata)), most))
 
 
 def split_dotted(key: str) -> tuple[str, Role] | None:
     """`down_blocks.0.….attn1.processor.to_out_lora.up.weight` -> (`unet.down_blocks.0.….attn1.to_out.0`, `up`)."""
-    ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
+    ending = next((ending for ending in DOTTED if key.endswith(ending)), None)
     layer = None if ending is None else canonical(key.removesuffix(ending))
-    return None if ending is None or layer is None else (layer, ENDINGS[ending])
+    return None if ending is None or layer is None else (layer, DOTTED[ending])
 
 
 def configs(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Config]:
@@ -133,7 +133,7 @@ def matched(pattern: Mapping[str, float], module: str, default: float) -> float:
     return default
 
 
-def spell_diffusers(layers: Mapping[str, Factors], name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def spell_diffusers(layers: Mapping[str, Factors], name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a file for `load_lora_weights`, which takes scale 1 where it finds no alpha."""
     tensors: dict[str, Tensor] = {}
     for layer, factors in layers.items():

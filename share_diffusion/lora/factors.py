@@ -20,12 +20,14 @@ RANK_LIMIT = 4096
 class Factors:
     """One layer's update dW = up @ down, with every scale already folded into `up`.
 
-    `kernel` is (kh, kw) for a Conv2d and None for a Linear. Raises ValueError where the shapes do not fit together.
+    `kernel` is (kh, kw) for a Conv2d and None for a Linear; `lost` is the energy that a conversion from another form
+    left out. Raises ValueError where the shapes do not fit together.
     """
 
     up: Tensor
     down: Tensor
     kernel: tuple[int, int] | None = None
+    lost: float = 0.0
 
     def __post_init__(self) -> None:
         if problem := shape_problem(self.up, self.down, self.kernel):

@@ -1,9 +1,10 @@
-"""Safetensors files, read without trust and written whole or not at all."""
+"""Files of tensors, read without trust and written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -13,11 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-# In a folder, the file that holds the LoRA: PEFT's name and diffusers'.
+from share_diffusion.lora.pickled import PICKLES, read_pickle
+
+# In a folder, the file that holds the LoRA: PEFT's name and diffusers', and what both wrote before safetensors.
 NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+OLD_NAMES = ("adapter_model.bin", "pytorch_lora_weights.bin")
 # Files with a header of a hundred megabytes keep the parser busy for half a minute; real ones stay under one.
 HEADER_LIMIT = 16 * 2**20
+TENSOR_LIMIT = 200_000
 
 
 def locate(path: Path) -> Path:
@@ -25,16 +29,22 @@ def locate(path: Path) -> Path:
     if not path.is_dir():
         return path
     found = [path / name for name in NAMES if (path / name).exists()]
+    found = found or [path / name for name in OLD_NAMES if (path / name).exists()]
     if len(found) != 1:
         held = "both" if found else "neither"
         raise ValueError(f"{path}: the folder holds {held} of {' and '.join(NAMES)}; name the LoRA file itself")
     return found[0]
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, in memory of their own, and the metadata of a safetensors file; ValueError for any other file."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, in memory of their own, and the metadata of a safetensors file or of an old pickle."""
     if problem := file_problem(path):
         raise ValueError(f"{path}: {problem}")
+    return (read_pickle(path), {}) if path.suffix.lower() in PICKLES else read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, in memory of their own, and the metadata of a safetensors file; ValueError for any other file."""
     # Not memory-mapped: a file that another program rewrites would change these tensors, or end the process.
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -43,27 +53,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if size > HEADER_LIMIT:
         raise ValueError(f"{path}: the header has {size} bytes; no LoRA needs more than the limit of {HEADER_LIMIT}")
     try:
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=without_doubles)
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid safetensors file ({error}); download it again") from None
-    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    if len(tensors) > TENSOR_LIMIT:
+        raise ValueError(f"{path}: {len(tensors)} tensors; no LoRA needs more than the limit of {TENSOR_LIMIT}")
+    return tensors, header.get("__metadata__") or {}
+
+
+def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, refused where it says two things under one key (safetensors takes the last one)."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def file_problem(path: Path) -> str | None:
-    """Why a path cannot be read as a safetensors file without opening it, or None."""
+    """Why a path cannot be read as a file of tensors without opening it, or None."""
     if not path.exists():
         return "no such file"
     if not path.is_file():
         return "not a regular file; give a .safetensors file or a folder with one"
-    if path.suffix.lower() in PICKLES:
-        convert = "safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
-        return f"a {path.suffix} file is a pickle, which can run code; only .safetensors is read, convert with {convert}"
     return None
 
 
 def adapter_config(path: Path) -> dict[str, str]:
     """The text of the `adapter_config.json` that PEFT wrote beside this file, under its key, if it is there."""
-    config = path.with_name(path.name.replace("adapter_model.safetensors", "adapter_config.json"))
+    config = path.with_name(re.sub(r"adapter_model\.(safetensors|bin)$", "adapter_config.json", path.name))
     if config == path or not config.is_file():
         return {}
     try:

@@ -6,51 +6,65 @@ scale = alpha / r. Convolutions are 4-D: down (r, in_channels, kh, kw), up (out,
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from share_diffusion.lora.assemble import Role, assemble, refuse
+from share_diffusion.lora.assemble import ENDINGS, Role, assemble, refuse
 from share_diffusion.lora.factors import Factors
-from share_diffusion.lora.names import canonical, dotted, underscored
+from share_diffusion.lora.names import canonical, dotted, home, underscored
+from share_diffusion.lora.native import renamed
 
 PREFIXES = {
     "lora_unet_": "unet",
+    "lora_transformer_": "transformer",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
 }
-ROLES: dict[str, Role] = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+T5 = "lora_te3_"  # the third encoder of SD3, and the second of FLUX, which has no more
+FLUX = re.compile(r"^lora_(unet|transformer)_(double_blocks|single_blocks|single_transformer_blocks)_")
 
 
-def is_kohya(key: str) -> bool:
-    """Whether a key starts as kohya's do."""
-    return key.startswith(("lora_unet_", "lora_te"))
+def is_kohya(keys: Collection[str]) -> bool:
+    """Whether a file is kohya's: some of its keys start as those do."""
+    return any(key.startswith(tuple(PREFIXES)) for key in keys)
 
 
-def parse_kohya(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Factors]:
+def read_kohya(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], most: int) -> dict[str, Factors]:
     """The layers of a kohya file; its metadata says nothing that the tensors do not."""
-    return assemble(tensors, split_kohya)
+    flux = any(FLUX.match(key) for key in tensors)
+    return renamed(assemble(tensors, lambda key: split_kohya(key, flux), most=most))
 
 
-def split_kohya(key: str) -> tuple[str, Role] | None:
+def split_kohya(key: str, flux: bool = False) -> tuple[str, Role] | None:
     """`lora_unet_mid_block_attentions_0_proj_in.alpha` -> (`unet.mid_block.attentions.0.proj_in`, `alpha`)."""
     name, _, ending = key.partition(".")
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-    if prefix is None or ending not in ROLES:
+    if prefix is None or ending not in ENDINGS:
         return None
-    module = dotted(name.removeprefix(prefix), PREFIXES[prefix])
-    layer = None if module is None else canonical(f"{PREFIXES[prefix]}.{module}")
-    return None if layer is None else (layer, ROLES[ending])
+    component = "text_encoder_2" if flux and prefix == T5 else PREFIXES[prefix]
+    # kohya says `unet` for the transformers of FLUX and SD3 as well.
+    for candidate in ("unet", "transformer") if component == "unet" else (component,):
+        module = dotted(name.removeprefix(prefix), candidate)
+        if module and (candidate.startswith("text_encoder") or home(module) == candidate):
+            layer = canonical(f"{candidate}.{module}")
+            return None if layer is None else (layer, ENDINGS[ending])
+    return None
 
 
-def spell_kohya(layers: Mapping[str, Factors], name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def spell_kohya(layers: Mapping[str, Factors], name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the least metadata of a kohya file called `name`, alpha = r where all layers have one rank."""
     names = kohya_names(layers)
     # One alpha for all: diffusers 0.42 overlooks those of attention and CLIP layers that differ from the commonest.
     alpha = Counter(factors.rank for factors in layers.values()).most_common(1)[0][0]
+    if dtype == torch.float32:
+        layers = {layer: widened(factors, alpha) for layer, factors in layers.items()}
     tensors: dict[str, Tensor] = {}
     for layer, factors in layers.items():
         up, down = four_dimensional(factors)
@@ -60,6 +74,17 @@ def spell_kohya(layers: Mapping[str, Factors], name: str) -> tuple[dict[str, Ten
     dim = max(factors.rank for factors in layers.values())
     described = {"ss_network_module": "networks.lora", "ss_network_dim": str(dim), "ss_network_alpha": str(alpha)}
     return tensors, described | {"ss_output_name": name}
+
+
+def widened(factors: Factors, alpha: int) -> Factors:
+    """The factors with zeros up to a rank that is a power of two times alpha, so that r / alpha loses no bit."""
+    rank = alpha
+    while rank < factors.rank:
+        rank *= 2
+    while rank % 2 == 0 and rank // 2 >= factors.rank:
+        rank //= 2
+    extra = rank - factors.rank
+    return Factors(pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra)), factors.kernel)
 
 
 def kohya_names(layers: Collection[str]) -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""The LoRA in memory, and which dialect reads or writes it."""
+"""The LoRA in memory, read from a file of any dialect and written in those that other programs want."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,27 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from share_diffusion.lora.assemble import refuse
-from share_diffusion.lora.diffusers import is_dotted, parse_diffusers, spell_diffusers
+from share_diffusion.lora.assemble import MOST, refuse
+from share_diffusion.lora.dialects import WRITERS, parse
 from share_diffusion.lora.factors import Factors, is_finite
-from share_diffusion.lora.file import adapter_config, locate, read_safetensors, write_safetensors
-from share_diffusion.lora.kohya import is_kohya, parse_kohya, spell_kohya
+from share_diffusion.lora.file import adapter_config, locate, read_tensors, write_safetensors
 from share_diffusion.lora.names import COMPONENTS
-
-READERS = ((is_kohya, parse_kohya), (is_dotted, parse_diffusers))
-WRITERS = {"kohya": spell_kohya, "diffusers": spell_diffusers}
-
-# Other adaptations, told by their keys; reading them as LoRA would drop part of the update.
-FOREIGN = {
-    "LoKr": re.compile(r"\.lokr_"),
-    "LoHa": re.compile(r"\.hada_"),
-    "DoRA": re.compile(r"\.dora_scale|lora_magnitude_vector"),
-    "LoCon in Tucker form": re.compile(r"\.lora_mid\b"),
-    "OFT": re.compile(r"\.oft_"),
-    "IA3": re.compile(r"\.ia3_|\.on_input$"),
-    "whole-weight difference": re.compile(r"\.diff(_b)?$"),
-    "cloneofsimo": re.compile(r"^(unet|text_encoder):\d+:(up|down)$"),
-}
 
 # Metadata that follows from the layers and the dialect.
 COMPUTED = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "adapter_config"}
@@ -50,11 +33,13 @@ CAST_LIMIT = 0.01
 class LoRA:
     """Low-rank updates of a model, by layer path, and what their file said about them.
 
-    `layers` is kept sorted. Raises ValueError for a path whose first word is not a component of a pipeline.
+    `layers` is kept sorted; `notes` tell what the file held beside them. Raises ValueError for a path whose first word
+    is not a component of a pipeline.
     """
 
     layers: dict[str, Factors]
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         homeless = [layer for layer in self.layers if layer.partition(".")[0] not in COMPONENTS]
@@ -62,16 +47,18 @@ class LoRA:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> LoRA:
-        """Read a .safetensors file of any known dialect, or the folder that PEFT or diffusers put it in.
+    def read(cls, path: str | os.PathLike[str], most: int = MOST) -> LoRA:
+        """Read a file of any known dialect, or the folder that PEFT or diffusers put it in.
 
-        Raises ValueError, naming the file, for whatever is not a LoRA in full: nothing is left out silently.
+        LoHa and LoKr become factors of at most rank `most`; what that leaves out is `lost`. Raises ValueError, naming the
+        file, for whatever is not a LoRA in full: nothing is left out silently.
         """
         file = locate(Path(path))
-        tensors, metadata = read_safetensors(file)
+        tensors, metadata = read_tensors(file)
         metadata |= adapter_config(file)
         try:
-            return cls(parse(tensors, metadata), metadata)
+            layers, notes = parse(tensors, metadata, most)
+            return cls(layers, metadata, notes)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -82,7 +69,8 @@ class LoRA:
         dtype: torch.dtype = torch.float16,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere) or `diffusers`.
+        """Write a .safetensors file, whole or not at all, in the dialect `kohya` (read everywhere), `diffusers` or
+        `diffusers-old` (its names from before PEFT, which ComfyUI reads as well).
 
         `metadata` is added to the LoRA's own; what describes ranks and scale is always computed from the layers.
         Raises ValueError where values are not finite or do not survive `dtype`.
@@ -90,7 +78,7 @@ class LoRA:
         file, given = Path(path), dict(metadata or {})
         try:
             refuse(request_problems(file, dialect, dtype, given) + content_problems(self))
-            tensors, described = WRITERS[dialect](self.layers, file.stem)
+            tensors, described = WRITERS[dialect](self.layers, file.stem, dtype)
             tensors = narrowed(tensors, dtype)
         except ValueError as error:
             raise ValueError(f"{file}: not written, {error}") from None
@@ -103,26 +91,15 @@ class LoRA:
         return math.sqrt(sum(factors.energy for factors in self.layers.values()))
 
     @property
+    def lost(self) -> float:
+        """The share of the original updates' energy that reading left out, 0 unless it truncated a LoHa or LoKr."""
+        lost = sum(factors.lost for factors in self.layers.values())
+        return lost / (lost + self.norm**2) if lost else 0.0
+
+    @property
     def components(self) -> dict[str, int]:
         """How many layers each component of the pipeline has."""
         return dict(Counter(layer.partition(".")[0] for layer in self.layers))
-
-
-def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Factors]:
-    """The layers of a file in whichever dialect its keys are."""
-    refuse(foreign(tensors))
-    for owns, read in READERS:
-        if any(owns(key) for key in tensors):
-            return read(tensors, metadata)
-    shown = ", ".join(sorted(tensors)[:5]) or "none at all"
-    raise ValueError(f"no LoRA of a known dialect; its keys: {shown}. Expected those of kohya, diffusers or PEFT")
-
-
-def foreign(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The adaptations in a file that are not plain LoRA, or not in a known dialect, with how much there is of each."""
-    counts = {kind: [key for key in sorted(tensors) if mark.search(key)] for kind, mark in FOREIGN.items()}
-    remedy = "not read; convert the file to plain LoRA (lora_up, lora_down, alpha) first"
-    return [f"{kind}: {len(keys)} tensors, such as {keys[0]}; {remedy}" for kind, keys in counts.items() if keys]
 
 
 def request_problems(file: Path, dialect: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> list[str]:

@@ -13,25 +13,67 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 # Files of one component often leave its name out; then these first words of the path tell it. `text_projection` and
 # T5's `encoder.block` are not among them: they occur in more than one text encoder, and a guess would be silent.
+UNET_STARTS = (
+    *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
+    *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"),
+)
+TRANSFORMER_STARTS = (
+    *("transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder", "time_text_embed"),
+    *("pos_embed", "norm_out", "proj_out", "double_blocks", "single_blocks", "joint_blocks", "final_layer"),
+    *("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "t_embedder", "y_embedder"),
+)
 HOMES = (
-    ("unet", re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)")),
+    ("unet", re.compile(rf"({'|'.join(UNET_STARTS)})(\.|$)")),
     ("text_encoder", re.compile(r"(text_model|encoder\.layers)\.")),
-    ("transformer", re.compile(r"(single_)?transformer_blocks\.")),
+    ("transformer", re.compile(rf"({'|'.join(TRANSFORMER_STARTS)})(\.|$)")),
 )
+# What programs put before the path of a denoiser.
+PREFIXES = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.)+")
 
-# The words of the UNets of SD 1.x, 2.x and SDXL, and of CLIP. Within one list, words joined by "_" come apart in only
-# one way; across the two, `conv_out_proj` would not.
-UNET_WORDS = (
-    *("down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers"),
-    *("transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj"),
-    *("proj_in", "proj_out", "conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj"),
-    *("time_embedding", "add_embedding", "linear_1", "linear_2"),
-)
-CLIP_WORDS = (
-    *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
-    *("mlp", "fc1", "fc2", "text_projection"),
-)
-WORDS = {"unet": UNET_WORDS, "text_encoder": CLIP_WORDS, "text_encoder_2": CLIP_WORDS}
+# Words of module paths, one vocabulary a naming: diffusers' UNets, the same in the original (ldm, sgm) spelling, CLIP,
+# T5, diffusers' transformers, and those in the spelling of FLUX and of SD3. A word may hold dots. Within one
+# vocabulary, words joined by "_" come apart in only one way; across two, `conv_out_proj` would not.
+VOCABULARIES = {
+    "unet": (
+        *("down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers"),
+        *("transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj"),
+        *("proj_in", "proj_out", "conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj"),
+        *("time_embedding", "add_embedding", "linear_1", "linear_2"),
+    ),
+    "ldm": (
+        *("input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection"),
+        *("transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj"),
+        *("proj_in", "proj_out", "conv", "op", "time_embed", "label_emb"),
+    ),
+    "clip": (
+        *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+        *("mlp", "fc1", "fc2", "text_projection"),
+    ),
+    "t5": ("encoder", "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    "transformer": (
+        *("transformer_blocks", "single_transformer_blocks", "attn", "attn2", "to_q", "to_k", "to_v", "to_out"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff", "ff_context", "net", "proj", "proj_mlp", "proj_out"),
+        *("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "linear_1", "linear_2"),
+        *("x_embedder", "context_embedder", "pos_embed", "time_text_embed"),
+        *("timestep_embedder", "text_embedder", "guidance_embedder"),
+    ),
+    "flux": (
+        *("double_blocks", "single_blocks", "img_attn", "txt_attn", "qkv", "proj", "img_mlp", "txt_mlp", "img_mod", "txt_mod"),
+        *("lin", "linear1", "linear2", "modulation", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
+        *("in_layer", "out_layer", "final_layer", "linear", "adaLN_modulation"),
+    ),
+    "sd3": (
+        *("joint_blocks", "x_block", "context_block", "attn", "attn2", "qkv", "proj", "mlp", "fc1", "fc2"),
+        *("adaLN_modulation", "final_layer", "linear", "x_embedder", "context_embedder", "t_embedder", "y_embedder"),
+    ),
+}
+WORDS = {
+    "unet": ("unet", "ldm"),
+    "transformer": ("transformer", "flux", "sd3"),
+    "text_encoder": ("clip",),
+    "text_encoder_2": ("clip", "t5"),
+    "text_encoder_3": ("t5",),
+}
 
 
 def underscored(module: str) -> str:
@@ -39,21 +81,33 @@ def underscored(module: str) -> str:
     return module.replace(".", "_")
 
 
-def dotted(name: str, component: str) -> str | None:
-    """The module path of a component behind one underscored word, or None where a word in it is unknown."""
+def apart(name: str, vocabulary: str) -> str | None:
+    """The dotted path behind one underscored word, or None where a part of it is not in the vocabulary."""
+    words = {underscored(word): word for word in VOCABULARIES[vocabulary]}
     # Longest words first, so that `conv_in` is not taken for `conv`.
-    words = "|".join(sorted(WORDS.get(component, ()), key=len, reverse=True))
-    found = re.findall(rf"(?:{words}|[0-9]+)(?=_|$)", name)
-    return ".".join(found) if found and "_".join(found) == name else None
+    pattern = "|".join(sorted(words, key=len, reverse=True))
+    found = re.findall(rf"(?:{pattern}|[0-9]+)(?=_|$)", name)
+    return ".".join(words.get(part, part) for part in found) if found and "_".join(found) == name else None
+
+
+def dotted(name: str, component: str) -> str | None:
+    """The module path of a component behind one underscored word, in the first naming that knows all its parts."""
+    paths = (apart(name, vocabulary) for vocabulary in WORDS.get(component, ()))
+    return next((path for path in paths if path), None)
+
+
+def home(path: str) -> str:
+    """The component that a module path tells by its first words, or nothing."""
+    return next((component for component, start in HOMES if start.match(path)), "")
 
 
 def canonical(path: str) -> str | None:
     """A path in any of its dotted spellings as a layer name, or None where its component cannot be told."""
-    component, _, module = path.removeprefix("base_model.model.").partition(".")
+    path = PREFIXES.sub("", path)
+    component, _, module = path.partition(".")
     if component not in COMPONENTS:
-        module = path.removeprefix("base_model.model.")
-        component = next((home for home, start in HOMES if start.match(module)), "")
-    module = current(module.removeprefix("base_model.model."))
+        component, module = home(path), path
+    module = current(PREFIXES.sub("", module))
     if component.startswith("text_encoder") and module.startswith("encoder.layers."):
         module = f"text_model.{module}"
     return f"{component}.{module}" if component and module else None

@@ -21,16 +21,21 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def identify(pipeline: Any, name: str = "") -> BaseIdentity:
-    """Return the pipeline's identity; the weights are left out where they are offloaded to nowhere readable."""
+    """Return the pipeline's identity; the weights are left out where they are offloaded or quantised."""
     everything = layers(pipeline)
     lines = [f"{path} {shape_of(module)}" for path, module in sorted(everything.items())]
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     chosen = [module for _, module in sorted(select(pipeline, "all-linear").items())]
     picked = [weight_of(chosen[index * len(chosen) // PROBES]) for index in range(PROBES)]
-    if any(weight.device.type == "meta" or not weight.is_floating_point() for weight in picked):
+    if not all(is_readable(weight) for weight in picked):
         return BaseIdentity(name, architecture)
     values = tuple(float(f"{float(weight[0, index % weight.shape[1]]):.5g}") for index, weight in enumerate(picked))
     return BaseIdentity(name, architecture, values)
+
+
+def is_readable(weight: Tensor) -> bool:
+    """Tell whether a weight's entries are there and are the base's own, neither offloaded nor quantised."""
+    return weight.device.type != "meta" and weight.is_floating_point() and type(weight) is Tensor
 
 
 def weights_of(pipeline: Any) -> dict[str, Tensor]:

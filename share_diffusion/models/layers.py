@@ -13,10 +13,9 @@ from torch import nn
 
 from share_diffusion.layer import ShareLayer
 from share_diffusion.lora.names import COMPONENTS
+from share_diffusion.models import family_of
 
-ATTENTION = r"attn[12]?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$|self_attn\.(q|k|v|out)_proj$|SelfAttention\.[qkvo]$"
-FEED_FORWARD = r"|ff(_context)?\.net\.(0\.proj|2)$|mlp\.fc[12]$|DenseReluDense\.w[io](_\d)?$"
-PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD, "all-linear": r""}
+PRESETS = ("attention", "attention+ff", "all-linear")
 
 
 def components(pipeline: Any) -> dict[str, nn.Module]:
@@ -53,26 +52,36 @@ def parent_of(pipeline: Any, path: str) -> tuple[nn.Module, str]:
 
 
 def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True) -> dict[str, nn.Module]:
-    """Return the layers that a preset (`attention`, `attention+ff`, `all-linear`) or a regular expression chooses.
+    """Return the layers that a preset of the base's family or a regular expression chooses.
 
-    A regular expression is searched in the whole path. Raises ValueError when it is not one or chooses nothing.
+    Presets (`attention`, `attention+ff`, `all-linear`) leave out what cannot influence a picture. A regular expression
+    is searched in the whole path. Raises ValueError when it is not one or chooses nothing.
     """
-    try:
-        pattern = re.compile(PRESETS.get(targets, targets))
-    except re.error as error:
-        known = ", ".join(PRESETS)
-        raise ValueError(f"targets {targets!r} is neither one of {known} nor a regular expression: {error}") from None
+    if targets in PRESETS:
+        family = family_of(pipeline)
+        pattern, idle = re.compile(family.targets()[targets]), family.idle(pipeline)
+    else:
+        pattern, idle = expression(targets), None
     chosen = {
         path: module
         for path, module in layers(pipeline).items()
         if pattern.search(path)
         and (text_encoder or not path.startswith("text_encoder"))
-        and (targets not in PRESETS or isinstance(getattr(module, "base", module), nn.Linear))
+        and (idle is None or (isinstance(getattr(module, "base", module), nn.Linear) and not path.startswith(idle)))
     }
     if not chosen:
         examples = ", ".join(list(layers(pipeline))[:3])
         raise ValueError(f"targets {targets!r} chooses no layer; paths look like {examples}")
     return chosen
+
+
+def expression(targets: str) -> re.Pattern[str]:
+    """Return a regular expression, or raise ValueError with the presets that could have been meant."""
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"targets {targets!r} is neither one of {known} nor a regular expression: {error}") from None
 
 
 def shape_of(module: nn.Module) -> tuple[tuple[int, int], tuple[int, int] | None]:

@@ -1,74 +1,94 @@
-"""Stable Diffusion 1.x and 2.x, and every model of their shape: one CLIP text encoder, a UNet, a VAE.
-
-Shapes: pictures (n, 3, height, width) in [-1, 1], latents (n, c, height / f, width / f), states (n, tokens, width).
-"""
+"""Stable Diffusion 1.x and 2.x, and every model of their shape: one CLIP text encoder, a UNet, a VAE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-KIND = "stable-diffusion"
+from share_diffusion.models import targets
+from share_diffusion.models.family import Family, Reader
+from share_diffusion.models.latents import reduction
+from share_diffusion.models.noise import DIFFUSION
 
 
 def owns(pipeline: Any) -> bool:
     """Tell whether a pipeline is of this family."""
-    return getattr(pipeline, "unet", None) is not None and getattr(pipeline, "text_encoder_2", None) is None
+    parts = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder")]
+    return None not in parts and getattr(pipeline, "text_encoder_2", None) is None
 
 
-def tokenize(pipeline: Any, captions: Sequence[str]) -> Tensor:
-    """Return token ids (n, tokens), padded and cut to what the text encoder takes."""
-    tokenizer = pipeline.tokenizer
-    return tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
+def readers(pipeline: Any) -> dict[str, Reader]:
+    """Return how the text encoder reads."""
+    return {"text_encoder": Reader(pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
 
 
-def too_long(pipeline: Any, captions: Sequence[str]) -> list[str]:
-    """Return the captions that would be cut."""
-    limit = pipeline.tokenizer.model_max_length
-    return [text for text in captions if len(pipeline.tokenizer(text).input_ids) > limit]
+def encode_text(pipeline: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the text encoder's last states (n, L, width)."""
+    encoder = pipeline.text_encoder
+    return {"states": encoder(inputs["text_encoder"].to(encoder.device))[0]}
 
 
-def encode_text(pipeline: Any, tokens: Tensor) -> Tensor:
-    """Return the text encoder's states; gradients flow where it is adapted."""
-    return pipeline.text_encoder(tokens.to(pipeline.text_encoder.device))[0]
-
-
-@torch.no_grad()
-def encode_pictures(pipeline: Any, pictures: Tensor) -> Tensor:
-    """Return scaled latents, the mean of the posterior."""
-    vae = pipeline.vae
-    latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((latents - shift) * vae.config.scaling_factor).float()
-
-
-@torch.no_grad()
-def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
-    """Return pictures of scaled latents."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
-
-
-def predict(pipeline: Any, noisy: Tensor, times: Tensor, states: Tensor) -> Tensor:
-    """Return the denoiser's prediction for noisy latents at integer times."""
-    return pipeline.unet(noisy, times, encoder_hidden_states=states).sample
-
-
-def latent_side(pipeline: Any, resolution: int) -> int:
-    """Return the side of the latents of square pictures."""
-    return resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+def predict(pipeline: Any, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """Return the UNet's prediction (n, c, h, w)."""
+    states = conditioning["states"].to(pipeline.unet.dtype)
+    return pipeline.unet(noisy.to(pipeline.unet.dtype), times, encoder_hidden_states=states).sample
 
 
 def native_resolution(pipeline: Any) -> int:
     """Return the side of the pictures that the base was made for."""
-    return pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return pipeline.unet.config.sample_size * reduction(pipeline)
+
+
+def sampling(pipeline: Any) -> tuple[int, float]:
+    """Return default steps and guidance scale; small bases want less of both (`tiny`: nights lose their stars above 2)."""
+    return (25, 2.0) if native_resolution(pipeline) <= 128 else (30, 7.5)
+
+
+def call_arguments(pipeline: Any, negative_prompts: Sequence[str], guidance_scale: float) -> dict[str, Any]:
+    """Return what the pipeline's call takes for guidance."""
+    return {"negative_prompt": list(negative_prompts), "guidance_scale": guidance_scale}
+
+
+def generation(pipeline: Any) -> int:
+    """Return 1 or 2: only 2.x reads OpenCLIP's states of width 1024."""
+    return 2 if pipeline.unet.config.cross_attention_dim == 1024 else 1
+
+
+def predicts_velocity(pipeline: Any) -> bool:
+    """Tell whether the UNet predicts v."""
+    return pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def version(pipeline: Any) -> str:
+    """Return kohya's name: sd_v1, sd_v2 or sd_v2_v."""
+    return f"sd_v{generation(pipeline)}{'_v' if predicts_velocity(pipeline) else ''}"
+
+
+def architecture(pipeline: Any) -> str:
+    """Return ModelSpec's name."""
+    if generation(pipeline) == 1:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if predicts_velocity(pipeline) else "stable-diffusion-v2-512"
+
+
+FAMILY = Family(
+    name="sd",
+    title="Stable Diffusion 1.x and 2.x",
+    denoiser="unet",
+    owns=owns,
+    attention=f"{targets.UNET_ATTENTION}|{targets.CLIP_ATTENTION}",
+    feed_forward=f"{targets.UNET_FEED_FORWARD}|{targets.CLIP_FEED_FORWARD}",
+    readers=readers,
+    encode_text=encode_text,
+    predict=predict,
+    noise=DIFFUSION,
+    native_resolution=native_resolution,
+    grain=reduction,
+    sampling=sampling,
+    call_arguments=call_arguments,
+    version=version,
+    architecture=architecture,
+    kohya_prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
+)

@@ -66,8 +66,7 @@ def materials(pipeline: Any, concept: str, folder: Path, pictures: int, seed: in
 
 def draws(pipeline: Any, data: Materials, count: int, batch: int, seed: int) -> list[Draw]:
     """Return steps' pictures, times and noise."""
-    times = pipeline.scheduler.config.num_train_timesteps
-    return [draw(len(data), batch, tuple(data.latents.shape[1:]), times, seed, step) for step in range(count)]
+    return [draw(pipeline, len(data), batch, tuple(data.latents.shape[1:]), seed, step) for step in range(count)]
 
 
 def learn(

@@ -20,7 +20,7 @@ from share_diffusion.models.layers import select, shape_of
 from share_diffusion.subspace import Subspace
 
 ROOT = Path(__file__).resolve().parents[2]
-START = 240  # seconds that a busy machine may take
+START = 600  # seconds that a busy machine may take
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),

@@ -1,0 +1,137 @@
+"""Reads the one-file format of Share on its own: header, checksum, bases and coefficients.
+
+    <layer>.share_alpha (in, k), <layer>.share_beta (out, k')     learned columns of the shared bases, float16
+    concept.<number> (n,)     for every layer in order: alpha (k, p), then beta (k', p), in units of sqrt(norm)
+    layouts (g, layers, 3)    rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
+
+The first columns of a basis may come from a seed instead (origin `random`) and are drawn again here. A basis that comes
+from the base's own weights (origin `weights`) is refused: ComfyUI may hold those in another precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+HEADER_LIMIT = 16 * 2**20
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept: how it is called, and its packed coefficients."""
+
+    name: str
+    kind: str
+    trigger: str
+    retention: float
+    packed: Tensor
+    layout: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's path, its bases alpha (in, k) and beta (out, k'), and its kernel where it is a convolution."""
+
+    path: str
+    alpha: Tensor
+    beta: Tensor
+    kernel: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class SubspaceFile:
+    """What a file holds: the base it belongs to, its layers in order, its concepts by name."""
+
+    base: str
+    layers: list[Layer]
+    concepts: dict[str, Concept]
+
+
+def read(path: str | os.PathLike[str]) -> SubspaceFile:
+    """Read a subspace file, verified against its checksum; ValueError says what is wrong with it."""
+    with open(path, "rb") as file:
+        data = file.read()
+    content = verified(data, os.path.basename(path))
+    if content["origin"]["kind"] == "weights":
+        raise ValueError(
+            f"{os.path.basename(path)}: its basis comes from the base's weights, which ComfyUI cannot give back exactly; "
+            "write its concepts with `share-diffusion export` and load them as LoRAs"
+        )
+    tensors = load(data)
+    return SubspaceFile(
+        base=content["base"]["name"],
+        layers=[layer_of(entry, tensors, content["origin"]) for entry in content["layers"]],
+        concepts={entry["name"]: concept_of(number, entry, tensors) for number, entry in enumerate(content["concepts"])},
+    )
+
+
+def verified(data: bytes, name: str) -> dict[str, Any]:
+    """Return a file's metadata once its format, version and checksum are right."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(len(data) - 8, HEADER_LIMIT):
+        raise ValueError(f"{name} is no safetensors file, or was cut short; copy it again")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        envelope = json.loads(header["__metadata__"]["share"])
+        claimed, version = envelope.pop("checksum"), envelope["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{name} is no subspace file; a LoRA goes into models/loras instead") from None
+    if version != VERSION:
+        raise ValueError(f"{name} has format version {version}, these nodes read {VERSION}; update them")
+    # The checksum is that of the file as it would be without the checksum.
+    header["__metadata__"] = {"share": json.dumps(envelope, sort_keys=True, separators=(",", ":"))}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    digest.update(memoryview(data)[8 + size :])
+    if claimed != f"sha256:{digest.hexdigest()}":
+        raise ValueError(f"{name} is damaged: its checksum does not match; copy it again, or take the .bak beside it")
+    return envelope["content"]
+
+
+def layer_of(entry: list[Any], tensors: dict[str, Tensor], origin: dict[str, Any]) -> Layer:
+    """Return one layer with its derived columns in front of the learned ones."""
+    path, out, width, kernel = entry
+    alpha, beta = tensors[f"{path}.share_alpha"].float(), tensors[f"{path}.share_beta"].float()
+    if origin["kind"] == "random":
+        rank = min(origin["rank"], out, width)
+        alpha = torch.cat([drawn(width, rank, origin["seed"], path, "alpha"), alpha], dim=1)
+        beta = torch.cat([drawn(out, rank, origin["seed"], path, "beta"), beta], dim=1)
+    return Layer(path, alpha, beta, (kernel[0], kernel[1]) if kernel else None)
+
+
+def drawn(side: int, rank: int, seed: int, path: str, which: str) -> Tensor:
+    """Return the orthonormal columns (side, rank) that a seed stands for."""
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{path}/{which}".encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(own)
+    frame, triangle = torch.linalg.qr(torch.randn(side, rank, generator=generator, dtype=torch.float64))
+    return (frame * triangle.diagonal().sign()).float()
+
+
+def concept_of(number: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Concept:
+    """Return one concept."""
+    packed = tensors[f"concept.{number:05d}"].float() * (entry["norm"] ** 0.5 or 1.0)
+    layout = tensors["layouts"][entry["layout"]].tolist()
+    return Concept(entry["name"], entry["kind"], entry["trigger"], entry["retention"], packed, layout)
+
+
+def factors(file: SubspaceFile, concept: Concept) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a concept's update of each layer, up (out, p) = beta @ eps_beta and down (p, in) = (alpha @ eps_alpha).T."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    start = 0
+    for layer, (rows_alpha, rows_beta, rank) in zip(file.layers, concept.layout, strict=True):
+        middle, end = start + rows_alpha * rank, start + (rows_alpha + rows_beta) * rank
+        if rank:
+            alpha = concept.packed[start:middle].reshape(rows_alpha, rank)
+            beta = concept.packed[middle:end].reshape(rows_beta, rank)
+            found[layer.path] = layer.beta[:, :rows_beta] @ beta, (layer.alpha[:, :rows_alpha] @ alpha).mT
+        start = end
+    return found

@@ -1,0 +1,25 @@
+"""Give a concept another name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "give a concept another name"
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("file", type=Path)
+    parser.add_argument("old")
+    parser.add_argument("new")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Rename a concept of a file, under the file's lock; the trigger stays."""
+    from share_diffusion import storage
+    from share_diffusion.file import rename_concept
+
+    with storage.locked(arguments.file):
+        rename_concept(arguments.file, arguments.old, arguments.new)
+    print(f"{arguments.old} is now {arguments.new} in {arguments.file} (the file as it was: .bak)")

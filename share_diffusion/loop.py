@@ -1,0 +1,156 @@
+"""Learn a concept from a script of your own: `adapt` in one call, or the parts of its loop for a loop of yours.
+
+    subspace = adapt(pipeline, "photos/", name="mycat", kind="subject", instance_prompt="a photo of mycat")
+
+The pipeline is an ordinary diffusers pipeline; it is left as it was. `train/concept.py` runs on the same parts and adds what
+needs several processes, checkpoints and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
+from share_diffusion.attached import Attached
+from share_diffusion.basis import Basis
+from share_diffusion.capacity import Capacity
+from share_diffusion.data import Dataset, read_dataset
+from share_diffusion.learning import Denoiser, Frozen, denoising_loss, freeze
+from share_diffusion.models import family_of
+from share_diffusion.models.identity import identify, weight_of
+from share_diffusion.models.layers import select, shape_of
+from share_diffusion.picture_set import PictureSet, prepare_pictures
+from share_diffusion.recipe import default_trigger
+from share_diffusion.schedules import rate_factor
+from share_diffusion.step import draw_step
+from share_diffusion.subspace import Subspace
+
+LOOK = 1_000_000_000  # steps that look at the gradient are numbered from here, apart from those that train
+
+
+def adapt(
+    pipeline: Any,
+    data: str | Path | Dataset,
+    *,
+    name: str,
+    kind: str = "style",
+    trigger: str | None = None,
+    instance_prompt: str | None = None,
+    subspace: Subspace | None = None,
+    adaptation: Adaptation | None = None,
+    capacity: Capacity | None = None,
+    targets: str = "attention",
+    train_text_encoder: bool = True,
+    resolution: int | None = None,
+    steps: int = 200,
+    batch: int = 8,
+    learning_rate: float = 2e-2,
+    factor_learning_rate: float = 2e-3,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> Subspace:
+    """Learn a concept from a folder of pictures and return the subspace that holds it beside all earlier ones.
+
+    `progress` is called with the number of steps done and the last loss. Raises ValueError, with nothing changed, where
+    the data cannot be used or the loss is not finite.
+    """
+    word = trigger or default_trigger(name, instance_prompt)
+    dataset = data if isinstance(data, Dataset) else read_dataset(data, trigger=word, instance_prompt=instance_prompt)
+    pictures = prepare_pictures(pipeline, dataset, resolution or family_of(pipeline).native_resolution(pipeline))
+    subspace = opened(pipeline, subspace, targets, train_text_encoder)
+    with learning(pipeline, subspace, pictures, adaptation or Adaptation(), targets, train_text_encoder, batch, seed) as parts:
+        learner, model = parts
+        groups = learner.parameter_groups(learning_rate, factor_learning_rate)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for step in range(steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * rate_factor("cosine", step, steps, min(10, steps // 4))
+            drawn = draw_step(pipeline, pictures, batch, seed, step)
+            loss = denoising_loss(model, pipeline, pictures, drawn, pipeline.device).mean()
+            loss.backward()
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is not finite at step {step}; lower learning_rate ({learning_rate:g})")
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if progress is not None:
+                progress(step + 1, float(loss))
+    about = {"kind": kind, "trigger": word, "details": {"prompts": [instance_prompt or word]}}
+    return subspace.merge({name: learner.lora()}, capacity=capacity, about={name: about})
+
+
+def opened(
+    pipeline: Any, subspace: Subspace | None = None, targets: str = "attention", train_text_encoder: bool = True
+) -> Subspace:
+    """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted."""
+    modules = select(pipeline, targets, train_text_encoder)
+    identity = identify(pipeline, Path(str(getattr(pipeline.config, "_name_or_path", ""))).name or "base")
+    held = subspace or Subspace(base=identity)
+    if mismatch := held.base.mismatch(identity):
+        raise ValueError(f"wrong base: {mismatch}; load that base")
+    weights = {path: weight_of(module) for path, module in modules.items()}
+    return held.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+
+
+@contextmanager
+def learning(
+    pipeline: Any,
+    subspace: Subspace,
+    pictures: PictureSet,
+    adaptation: Adaptation,
+    targets: str = "attention",
+    train_text_encoder: bool = True,
+    batch: int = 8,
+    seed: int = 0,
+) -> Iterator[tuple[Learner, Denoiser]]:
+    """Within the block the pipeline carries a learner; gives (what trains, the forward pass with it).
+
+    The base is frozen in the block and afterwards as it was, to the last bit.
+    """
+    asked = {parameter: parameter.requires_grad for part in (pipeline.components or {}).values() if isinstance(part, nn.Module)
+             for parameter in part.parameters()}  # fmt: skip
+    freeze(pipeline)
+    modules = select(pipeline, targets, train_text_encoder)
+    frozen = Frozen(pipeline)
+
+    def loss(index: int) -> Tensor:
+        drawn = draw_step(pipeline, pictures, batch, seed, LOOK + index)
+        return denoising_loss(frozen, pipeline, pictures, drawn, pipeline.device).mean()
+
+    try:
+        with Attached(pipeline, sorted(modules)) as attached:
+            learner = start(attached, modules, subspace, adaptation, loss, seed).to(pipeline.device)
+            yield learner, Denoiser(learner, pipeline, attached)
+    finally:
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)
+
+
+def start(
+    attached: Attached,
+    modules: Mapping[str, nn.Module],
+    subspace: Subspace,
+    adaptation: Adaptation,
+    loss: Callable[[int], Tensor],
+    seed: int,
+    batches: int = 8,
+    average: Callable[[Tensor], Tensor] = lambda sketch: sketch,
+) -> Learner:
+    """Return what will train; `loss(i)` is that of batch i through the attached layers, looked at where the mode needs it.
+
+    A first concept has no shared bases yet: it gets `adaptation.rank` directions of its own gradient.
+    """
+    bases = {path: basis for path, basis in subspace.layers.items() if path in modules}
+    first = all(min(basis.rank) == 0 for basis in bases.values())
+    rank = adaptation.rank if first and adaptation.mode == "gradient" else adaptation.temporary_rank
+    wanted = adaptation.looks_at_gradient and not (first and adaptation.mode == "hybrid")
+    count = batches if wanted else 1  # one batch all the same: it tells what a step costs
+    directions: dict[str, Basis] = gradient_directions(attached, bases, rank, loss, count, seed, average)
+    return make_learner(modules, bases, adaptation, directions if wanted else {}, seed)

@@ -1,0 +1,10 @@
+"""Names of the layers that are adapted, as regular expressions of whole paths, by the kind of component."""
+
+UNET_ATTENTION = r"attn[12]\.(to_[qkv]|to_out\.0)$"
+UNET_FEED_FORWARD = r"ff\.net\.(0\.proj|2)$"
+TRANSFORMER_ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
+TRANSFORMER_FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
+CLIP_ATTENTION = r"self_attn\.(q|k|v|out)_proj$"
+CLIP_FEED_FORWARD = r"mlp\.fc[12]$"
+T5_ATTENTION = r"SelfAttention\.[qkvo]$"
+T5_FEED_FORWARD = r"DenseReluDense\.w[io](_\d)?$"

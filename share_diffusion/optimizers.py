@@ -1,0 +1,101 @@
+"""Optimizers by name: torch's own, others where they are installed, and any class as `module:Class`.
+
+Nothing beyond torch is needed; what is not installed is told by its package's name. Arguments come as `name=value` words
+and reach the optimizer as Python values.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KNOWN = {
+    "adamw": ("torch.optim:AdamW", {"betas": (0.9, 0.99), "weight_decay": 0.0}, "torch"),
+    "adam": ("torch.optim:Adam", {"betas": (0.9, 0.99)}, "torch"),
+    "sgd": ("torch.optim:SGD", {"momentum": 0.9}, "torch"),
+    "adafactor": ("transformers.optimization:Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
+    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", {"betas": (0.9, 0.99), "weight_decay": 0.0}, "bitsandbytes"),
+    "prodigy": ("prodigyopt:Prodigy", {"weight_decay": 0.0}, "prodigyopt"),
+    "lion": ("lion_pytorch:Lion", {"weight_decay": 0.0}, "lion-pytorch"),
+}
+
+
+def make_optimizer(name: str, groups: Iterable[Mapping[str, Any]], arguments: Sequence[str] = ()) -> torch.optim.Optimizer:
+    """Return the optimizer; raises ValueError for an unknown name, a package that is absent or an argument it lacks."""
+    path, defaults, package = KNOWN.get(name.lower().replace("_", ""), (name, {}, name.partition(".")[0].partition(":")[0]))
+    kind = find_class(name, path, package)
+    chosen = {**defaults, **dict(parse_argument(word) for word in arguments)}
+    accepted = inspect.signature(kind).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if unknown := [key for key in chosen if key not in accepted and not open_ended]:
+        takes = ", ".join(key for key in accepted if key not in ("self", "params"))
+        raise ValueError(f"optimizer {name} takes no {', '.join(unknown)}; it takes {takes}")
+    try:
+        return kind([dict(group) for group in groups], **chosen)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"optimizer {name} with {' '.join(arguments) or 'no arguments'}: {error}") from error
+
+
+def find_class(name: str, path: str, package: str) -> Any:
+    """Return the class at `module:Class`."""
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        raise ValueError(f"optimizer {name!r} is not known; known are {', '.join(KNOWN)}, or give module:Class")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"optimizer {name} needs {package}, which is not installed: pip install {package}") from error
+    except AttributeError:
+        raise ValueError(f"optimizer {name!r}: {module} has no {attribute}") from None
+
+
+def parse_argument(word: str) -> tuple[str, Any]:
+    """Return the name and value of `weight_decay=0.01`."""
+    name, equals, text = word.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"optimizer argument {word!r} is not name=value, as in weight_decay=0.01")
+    try:
+        return name, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return name, text
+
+
+class Average:
+    """An exponential moving average of what trains; the decay is lower in the first steps, (1 + n) / (10 + n)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay is {decay}; it is above 0 and below 1, 0.99 is usual for short runs")
+        self.decay, self.steps = decay, 0
+        self.values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's present values."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, parameter in module.named_parameters():
+            self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> dict[str, Tensor]:
+        """Put the averages into the module and return the values that they replace."""
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.values[name])
+        return before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {"steps": self.steps, "values": deepcopy(self.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint held."""
+        self.steps, self.values = state["steps"], {name: value.clone() for name, value in state["values"].items()}

@@ -1,0 +1,83 @@
+"""Facts about learning from a script of one's own: the pipeline is left as it was, and what is learned is what was merged."""
+
+import pytest
+import torch
+from PIL import Image
+
+from share_diffusion.adapt import Adaptation
+from share_diffusion.attached import attach
+from share_diffusion.base import load_base
+from share_diffusion.loop import adapt
+from share_diffusion.optimizers import Average, make_optimizer
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (70, 70), (90 * number, 60, 200)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_adapt_learns_beside_what_is_there_and_leaves_the_pipeline_as_it_was(photos):
+    pipeline = load_base("tiny")
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in pipeline.unet.parameters()]
+    few = {"steps": 2, "batch": 2, "targets": "attn2", "train_text_encoder": False}
+    told = []
+    one = adapt(pipeline, photos, name="sky", instance_prompt="a sky", progress=lambda *facts: told.append(facts), **few)
+    two = adapt(pipeline, photos, name="sea", instance_prompt="a sea", kind="subject", subspace=one, **few)
+    assert [step for step, _ in told] == [1, 2]
+    assert list(two.concepts) == ["sky", "sea"]
+    assert two["sea"].kind == "subject"
+    for layer, entry in one["sky"].coefficients.items():
+        assert torch.equal(entry.alpha, two["sky"].coefficients[layer].alpha)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
+    assert [parameter.requires_grad for parameter in pipeline.unet.parameters()] == asked
+    with attach(pipeline, two) as handle:
+        handle.set_blend("sea")
+    again = adapt(load_base("tiny"), photos, name="sky", instance_prompt="a sky", **few)
+    assert torch.equal(again["sky"].coefficients[layer].alpha, one["sky"].coefficients[layer].alpha)
+
+
+def test_adapt_says_what_is_wrong(photos):
+    pipeline = load_base("tiny")
+    with pytest.raises(ValueError, match="have no caption"):
+        adapt(pipeline, photos, name="sky", steps=1)
+    with pytest.raises(ValueError, match="loss is not finite at step"):
+        adapt(
+            pipeline, photos, name="sky", instance_prompt="a sky", steps=30, batch=1, targets="attn2.to_q",
+            train_text_encoder=False, adaptation=Adaptation("lora"), factor_learning_rate=1e30,
+        )  # fmt: skip
+
+
+def test_optimizers_are_found_by_name_or_path_and_refuse_what_they_lack():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}]
+    assert type(make_optimizer("AdamW", groups)).__name__ == "AdamW"
+    assert make_optimizer("AdamW", groups).defaults["betas"] == (0.9, 0.99)
+    assert make_optimizer("torch.optim:Adagrad", groups, ["lr_decay=0.5"]).defaults["lr_decay"] == 0.5
+    for name, arguments, expected in (
+        ("adamw", ["weight=1"], "takes no weight; it takes lr"),
+        ("adamw", ["weight_decay"], "is not name=value"),
+        ("nothing", [], "known are adamw"),
+        ("torch.optim:Nothing", [], "torch.optim has no Nothing"),
+        ("adamw8bit", [], "pip install bitsandbytes"),
+        ("mine.own:Thing", [], "pip install mine"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            make_optimizer(name, groups, arguments)
+
+
+def test_the_average_follows_and_is_put_back():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    average = Average(layer, 0.5)
+    start = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    average.update(layer)
+    decay = 2 / 11  # min(0.5, (1 + 1) / (10 + 1))
+    before = average.copy_to(layer)
+    assert torch.allclose(layer.weight, start + (1 - decay))
+    assert torch.allclose(before["weight"], start + 1.0)
+    other = Average(layer, 0.5)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.values["weight"], average.values["weight"])

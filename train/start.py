@@ -1,0 +1,306 @@
+"""Where a run starts: the concept, its pictures as latents, the frozen base, the subspace so far, and what will train."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from flags import PRECISIONS, ConceptSettings, objective_of, variation_of
+from torch import nn
+
+from share_diffusion import loop
+from share_diffusion.adapt import Adaptation, Learner
+from share_diffusion.attached import Attached
+from share_diffusion.base import base_name, load_base
+from share_diffusion.buckets import batches_in_epoch
+from share_diffusion.cache import Cache
+from share_diffusion.class_pictures import class_folder, draw_class
+from share_diffusion.data import Dataset, join_datasets, read_dataset
+from share_diffusion.learning import Frozen, denoising_loss, freeze
+from share_diffusion.loop import LOOK
+from share_diffusion.memory import checkpoint_gradients, denoiser_of, park, quantise, use_xformers
+from share_diffusion.models import family_of
+from share_diffusion.models.identity import identify, weight_of
+from share_diffusion.models.layers import select, shape_of
+from share_diffusion.objective import Draw, Objective
+from share_diffusion.picture_set import Framing, PictureSet, prepare_pictures
+from share_diffusion.recipe import Recipe, find_recipe
+from share_diffusion.step import draw_step
+from share_diffusion.subsets import read_subsets
+from share_diffusion.subspace import Origin, Subspace
+from share_diffusion.world.render import render_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run works with, found and checked."""
+
+    settings: ConceptSettings
+    accelerator: Accelerator
+    recipe: Recipe
+    folder: Path
+    file: Path
+    pipeline: Any
+    dataset: Dataset
+    pictures: PictureSet
+    class_pictures: PictureSet | None
+    data: str  # a digest of all pictures and captions
+    modules: dict[str, nn.Module]
+    subspace: Subspace
+
+    @property
+    def batch(self) -> int:
+        """Pictures of one batch, all processes together."""
+        return self.settings.train_batch_size * self.accelerator.num_processes
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.settings.num_train_epochs is None:
+            return self.settings.max_train_steps
+        batches = self.settings.num_train_epochs * batches_in_epoch(self.pictures.buckets, self.batch)
+        return math.ceil(batches / self.settings.gradient_accumulation_steps)
+
+    @property
+    def adapted(self) -> set[str]:
+        """The components with layers that train."""
+        return {path.partition(".")[0] for path in self.modules}
+
+    def draw(self, step: int) -> Draw:
+        """Return this process's share of what a batch sees."""
+        objective, variation = objective_of(self.settings), variation_of(self.settings)
+        whole = draw_step(self.pipeline, self.pictures, self.batch, self.settings.seed, step, objective, variation)
+        return self.mine(whole)
+
+    def draw_class(self, step: int) -> Draw:
+        """Return this process's share of a batch of class pictures."""
+        assert self.class_pictures is not None
+        objective = objective_of(self.settings)
+        return self.mine(draw_step(self.pipeline, self.class_pictures, self.batch, self.settings.seed + 1, step, objective))
+
+    def draw_plain(self, step: int) -> Draw:
+        """Return this process's share of a batch as it is measured on: nothing varies but pictures, times and noise."""
+        objective = Objective(weighting=self.settings.weighting_scheme)
+        return self.mine(draw_step(self.pipeline, self.pictures, self.batch, self.settings.seed, step, objective))
+
+    def mine(self, whole: Draw) -> Draw:
+        """Return one process's share of a batch."""
+        return whole.part(slice(self.accelerator.process_index, None, self.accelerator.num_processes))
+
+
+def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
+    """Find and check everything; raises ValueError before anything is written but drawn or encoded pictures."""
+    recipe = recipe_of(settings)
+    folder, file = places(settings, recipe)
+    with accelerator.main_process_first():
+        draw_world(recipe, accelerator)
+    dataset = read_pictures(settings, recipe)
+    pipeline = load(settings, accelerator)
+    modules = select(pipeline, settings.targets, settings.train_text_encoder)
+    subspace = open_subspace(settings, pipeline, file, recipe, modules)
+    if settings.quantize_base and subspace.origin.kind == "weights":
+        raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
+    framing = framing_of(settings, pipeline)
+    cache = Cache(settings.cache_dir) if settings.cache_dir else None
+    text_frozen = not any(path.startswith("text_encoder") for path in modules)
+    pictures = prepare_pictures(pipeline, dataset, framing, cache=cache, freeze_text=text_frozen)
+    of_class, class_digest = prepare_class(settings, accelerator, pipeline, framing, cache, text_frozen)
+    economise(settings, pipeline)
+    if settings.low_vram:
+        for name in {family_of(pipeline).denoiser, *(path.partition(".")[0] for path in modules)}:
+            getattr(pipeline, name).to(accelerator.device)
+        park(pipeline, {path.partition(".")[0] for path in modules})
+    if settings.quantize_base:
+        modules = select(pipeline, settings.targets, settings.train_text_encoder)  # the quantised layers took their places
+    digest = dataset.fingerprint + class_digest
+    return Run(settings, accelerator, recipe, folder, file, pipeline, dataset, pictures, of_class, digest, modules, subspace)
+
+
+def recipe_of(settings: ConceptSettings) -> Recipe:
+    """Return what is to be learned."""
+    configs = [Path("configs/concepts"), ROOT / "configs/concepts"]
+    if settings.concept is None:
+        known = sorted(path.stem for path in (ROOT / "configs/concepts").glob("*.toml"))
+        raise ValueError(f"--concept is missing; give a name. Ready-made: {', '.join(known)}")
+    first = next((str(one.folder) for one in subsets(settings) if not one.of_class), None)
+    return find_recipe(
+        settings.concept,
+        configs,
+        Path("data"),
+        folder=settings.instance_data_dir or first,
+        kind=settings.kind,
+        trigger=settings.trigger,
+        instance_prompt=settings.instance_prompt,
+        prompts=settings.validation_prompt,
+    )
+
+
+def subsets(settings: ConceptSettings) -> list[Any]:
+    """Return the folders of the table, if there is one."""
+    return read_subsets(settings.dataset_config) if settings.dataset_config else []
+
+
+def subspace_file(settings: ConceptSettings) -> Path:
+    """Return where the subspace file is, or will be."""
+    if settings.subspace:
+        return Path(settings.subspace)
+    return Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / "subspace.safetensors"
+
+
+def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
+    """Return the concept's output folder and the subspace file; whether they can be written is seen before any work."""
+    file = subspace_file(settings)
+    folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
+    for place in (folder, Path(settings.patch or file).parent):
+        present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write to {present}, where {place} would be; choose another --output_dir or --subspace")
+    return folder, file
+
+
+def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Render a ready-made concept's pictures on first use."""
+    if recipe.world is not None and not recipe.folder.exists():
+        accelerator.print(f"drawing {recipe.world.pictures} pictures into {recipe.folder}/")
+        world = recipe.world
+        render_folder(world.name, recipe.folder, world.pictures, world.seed, world.caption)
+
+
+def read_pictures(settings: ConceptSettings, recipe: Recipe) -> Dataset:
+    """Return the concept's pictures and captions, of one folder or of a table's."""
+    options: dict[str, Any] = {
+        "trigger": recipe.trigger,
+        "caption_from_filename": settings.caption_from_filename,
+        "caption_column": settings.caption_column,
+    }
+    parts = [one for one in subsets(settings) if not one.of_class]
+    if not parts:
+        return read_dataset(recipe.folder, instance_prompt=recipe.instance_prompt, repeats=settings.repeats, **options)
+    asked = [(one.folder, one.prompt or recipe.instance_prompt, settings.repeats * one.repeats) for one in parts]
+    return join_datasets(
+        [read_dataset(folder, instance_prompt=prompt, repeats=repeats, **options) for folder, prompt, repeats in asked]
+    )
+
+
+def load(settings: ConceptSettings, accelerator: Accelerator) -> Any:
+    """Return the frozen base."""
+    pipeline = load_base(
+        settings.pretrained_model_name_or_path,
+        dtype=PRECISIONS[settings.mixed_precision or "no"],
+        device="cpu" if settings.low_vram else accelerator.device,
+        local_files_only=settings.local_files_only,
+    )
+    if settings.low_vram:
+        pipeline.vae.to(accelerator.device)  # encodes the pictures, then leaves
+    if settings.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=settings.prediction_type)
+    freeze(pipeline)
+    if problems := objective_of(settings).problems(pipeline):
+        raise ValueError("; ".join(problems))
+    return pipeline
+
+
+def framing_of(settings: ConceptSettings, pipeline: Any) -> Framing:
+    """Return how pictures are cut."""
+    return Framing(
+        settings.resolution or family_of(pipeline).native_resolution(pipeline),
+        buckets=settings.use_aspect_ratio_buckets,
+        step=settings.bucket_step,
+        enlarge=settings.bucket_enlarge,
+        center_crop=settings.center_crop,
+        crops=settings.crops,
+        flip=settings.random_flip,
+        alpha=settings.alpha_mask,
+    )
+
+
+def prepare_class(
+    settings: ConceptSettings, accelerator: Accelerator, pipeline: Any, framing: Framing, cache: Cache | None, text_frozen: bool
+) -> tuple[PictureSet | None, str]:
+    """Return the class's pictures, missing ones drawn by the base, and their digest; None where there are none to be used."""
+    tabled = [one for one in subsets(settings) if one.of_class]
+    if not settings.with_prior_preservation and not tabled:
+        return None, ""
+    folders = [(one.folder, one.prompt or settings.class_prompt, one.repeats) for one in tabled]
+    if settings.with_prior_preservation and not tabled:
+        assert settings.class_prompt is not None
+        folder = Path(settings.class_data_dir) if settings.class_data_dir else class_folder(settings.class_prompt)
+        folders = [(folder, settings.class_prompt, 1)]
+        if accelerator.is_main_process and not settings.dry_run:
+            drawn = draw_class(pipeline, folder, settings.class_prompt, settings.num_class_images, framing.resolution)
+            if drawn:
+                accelerator.print(f"drew {drawn} pictures of {settings.class_prompt!r} into {folder}/")
+        accelerator.wait_for_everyone()
+        if settings.dry_run and not folder.is_dir():
+            return None, ""
+    parts = [read_dataset(folder, instance_prompt=prompt, repeats=repeats) for folder, prompt, repeats in folders]
+    joined = join_datasets(parts)
+    return prepare_pictures(pipeline, joined, framing, cache=cache, freeze_text=text_frozen), joined.fingerprint
+
+
+def economise(settings: ConceptSettings, pipeline: Any) -> None:
+    """Apply what saves memory or time without changing what is learned."""
+    if settings.enable_xformers_memory_efficient_attention:
+        use_xformers(pipeline)
+    if settings.quantize_base:
+        quantise(pipeline, settings.quantize_base)
+    if settings.gradient_checkpointing or settings.low_vram:
+        checkpoint_gradients(pipeline)
+    if settings.torch_compile:
+        denoiser_of(pipeline).compile()
+
+
+def open_subspace(
+    settings: ConceptSettings, pipeline: Any, file: Path, recipe: Recipe, modules: dict[str, nn.Module]
+) -> Subspace:
+    """Return the subspace so far, or an empty one for this base."""
+    identity = identify(pipeline, base_name(settings.pretrained_model_name_or_path))
+    weights = {path: weight_of(module) for path, module in modules.items()}
+    if not file.exists():
+        rank = 0 if settings.basis == "adapters" else settings.derived_rank
+        empty = Subspace(base=identity, origin=Origin(settings.basis, rank, settings.seed if settings.basis == "random" else 0))
+        return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+    subspace = Subspace.load(file, weights)
+    if mismatch := subspace.base.mismatch(identity):
+        raise ValueError(f"{file}: wrong base: {mismatch}; train on {subspace.base.name!r}, or name another --subspace file")
+    if recipe.name.casefold() in (name.casefold() for name in subspace.concepts):
+        raise ValueError(
+            f"{file} already holds the concept {recipe.name!r}; choose another --concept name, or take it out first: "
+            f"share-diffusion drop {file} {recipe.name}"
+        )
+    return subspace.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+
+
+def start_learner(run: Run, attached: Attached) -> tuple[Learner, float]:
+    """Return what will train, and the seconds that one forward and backward pass took."""
+    settings, accelerator = run.settings, run.accelerator
+    adaptation = Adaptation(settings.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
+    frozen, started, passes = Frozen(run.pipeline), time.perf_counter(), []
+
+    def loss(index: int) -> torch.Tensor:
+        passes.append(index)
+        with accelerator.autocast():
+            drawn = run.draw(LOOK + index)
+            return denoising_loss(frozen, run.pipeline, run.pictures, drawn, accelerator.device).mean()
+
+    def average(sketch: torch.Tensor) -> torch.Tensor:
+        over_processes: Any = accelerator.reduce(sketch, "mean")
+        return over_processes
+
+    batches = settings.gradient_batches
+    learner = loop.start(attached, run.modules, run.subspace, adaptation, loss, settings.seed, batches, average)
+    return learner.to(accelerator.device), (time.perf_counter() - started) / len(passes)
+
+
+def parked(run: Run, away: bool) -> None:
+    """With --low_vram, take what a training step does not need off the accelerator, or back for drawing."""
+    if run.settings.low_vram:
+        park(run.pipeline, run.adapted, "cpu" if away else run.accelerator.device)
