@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from share_diffusion.models import family_of
 
@@ -61,10 +62,12 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> list[Image.Image]:
     """Return one picture for each prompt and seed; equal (prompt, seed, settings) give the same start on every device.
 
-    `progress` is called with the number of pictures done after every batch.
+    `progress` is called with the number of pictures done after every batch; `watch` with the step's index and the latents
+    after every denoising step: what it raises ends the drawing there.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
@@ -81,11 +84,24 @@ def generate(
                 width=chosen.width,
                 height=chosen.height,
                 generator=generators,
+                callback_on_step_end=watched(watch),
                 **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
             ).images
         if progress is not None:
             progress(len(pictures))
     return pictures
+
+
+def watched(watch: Callable[[int, Tensor], None] | None) -> Any:
+    """Return a watcher in the form in which diffusers calls one."""
+    if watch is None:
+        return None
+
+    def after_step(_pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        watch(step, tensors["latents"])
+        return {}
+
+    return after_step
 
 
 def png_info(prompt: str, seed: int, sampling: Sampling, blend: str, facts: dict[str, Any]) -> PngInfo:

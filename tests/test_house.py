@@ -57,3 +57,16 @@ def test_the_library_prints_only_from_the_command_line():
 def test_no_public_name_is_hidden_by_a_module():
     modules = {path.stem for path in LIBRARY.glob("*.py")} | {path.name for path in LIBRARY.iterdir() if path.is_dir()}
     assert not modules & set(share_diffusion.__all__)
+
+
+def test_the_page_and_the_training_scripts_do_not_know_each_other():
+    for room, other in (("app", "train"), ("train", "app")):
+        for path in (ROOT / room).rglob("*.py"):
+            known = {module.split(".")[0] for module in imports(path)}
+            assert not known & {other, "gradio" if room == "train" else "accelerate"}, path
+
+
+def test_the_page_itself_knows_no_model():
+    for path in (ROOT / "app").glob("*.py"):
+        known = {module.split(".")[0] for module in imports(path)}
+        assert not ("gradio" in known and known & {"torch", "diffusers", "transformers"}), path

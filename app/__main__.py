@@ -1,0 +1,69 @@
+"""Open the page: `python -m app [--subspace FILE] [--port N]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from app.security import ADDRESS, QUEUE, launch_settings, prepare
+
+FOLDER = "app"  # in the output folder: history, card pictures, uploads
+
+
+def build() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(prog="python -m app", description="Blend, draw, compare, learn and export concepts.")
+    parser.add_argument("--subspace", type=Path, help="the subspace file (default: OUTPUT_DIR/BASE's, else the ready-made one)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where history and learned concepts go")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve the page until it is stopped; what a person can mend is one message and exit status 1."""
+    arguments = build().parse_args(argv)
+    try:
+        serve(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Load the model and answer on the loopback address."""
+    if not 1 <= arguments.port <= 65535:
+        raise ValueError(f"--port is {arguments.port}; it is 1 to 65535")
+    folder = arguments.output_dir / FOLDER
+    prepare(folder)
+    from app.engine import open_engine
+    from app.page import appearance, create_page
+    from share_diffusion.commands.generate import best_device
+
+    engine = open_engine(
+        arguments.pretrained_model_name_or_path,
+        arguments.subspace,
+        folder,
+        device=arguments.device or best_device(),
+        local_files_only=arguments.local_files_only,
+    )
+    page = create_page(engine).queue(max_size=QUEUE, default_concurrency_limit=4)
+    try:
+        page.launch(**appearance(), **launch_settings(arguments.port, engine.served), prevent_thread_lock=True)
+    except OSError as error:
+        raise ValueError(f"port {arguments.port} cannot be opened ({error}); choose another with --port") from None
+    print(f"http://{ADDRESS}:{arguments.port}/", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        engine.cancel_learning()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

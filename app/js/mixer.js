@@ -1,0 +1,79 @@
+// One row for each concept of the blend: a chip that takes it out, a slider, a number.
+// The component's value changes here at once, so that Draw never sees an older weight; the written blend follows.
+const list = element.querySelector("ul");
+const empty = element.querySelector(".empty");
+let due = null;
+function change(id, weight) {
+  props.value = props.value.map((row) => (row.id === id ? { ...row, weight } : row));
+  clearTimeout(due);
+  due = setTimeout(() => trigger("input", {}), 40);
+}
+function field(type, row) {
+  const input = document.createElement("input");
+  input.type = type;
+  input.step = 0.05;
+  if (type === "range") {
+    input.min = -2;
+    input.max = 2;
+  }
+  input.value = row.weight;
+  input.setAttribute("aria-label", `${type === "range" ? "Slider" : "Number"}: weight of ${row.name}`);
+  return input;
+}
+function entry(row) {
+  const item = document.createElement("li");
+  item.dataset.id = row.id;
+  const chip = document.createElement("button");
+  chip.type = "button";
+  chip.className = "chip";
+  chip.setAttribute("aria-label", `Take ${row.name} out`);
+  const name = document.createElement("span");
+  name.textContent = row.name;
+  const cross = document.createElement("span");
+  cross.textContent = "×";
+  cross.setAttribute("aria-hidden", "true");
+  chip.append(name, cross);
+  chip.title = `Take ${row.name} out of blend and prompt`;
+  chip.addEventListener("click", () => trigger("delete", { name: row.name }));
+  const slider = field("range", row);
+  const exact = field("number", row);
+  slider.addEventListener("input", () => {
+    exact.value = slider.value;
+    change(row.id, Number(slider.value));
+  });
+  slider.addEventListener("dblclick", () => {
+    slider.value = exact.value = 1;
+    change(row.id, 1);
+  });
+  exact.addEventListener("input", () => {
+    if (exact.value === "" || !Number.isFinite(Number(exact.value))) return;
+    slider.value = exact.value;
+    change(row.id, Number(exact.value));
+  });
+  item.append(chip, slider, exact);
+  if (row.note) {
+    const note = document.createElement("span");
+    note.className = "note";
+    note.textContent = row.note;
+    item.append(note);
+  }
+  return item;
+}
+function update(item, row) {
+  for (const input of item.querySelectorAll("input")) {
+    if (input !== document.activeElement) input.value = row.weight;
+  }
+}
+function draw() {
+  const rows = props.value ?? [];
+  const present = [...list.children];
+  if (present.length === rows.length && rows.every((row, index) => present[index].dataset.id === row.id)) {
+    rows.forEach((row, index) => update(present[index], row));
+  } else {
+    list.replaceChildren(...rows.map(entry));
+  }
+  list.hidden = rows.length === 0;
+  empty.hidden = rows.length > 0;
+}
+watch("value", draw);
+draw();

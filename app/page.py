@@ -1,0 +1,109 @@
+"""The whole page, put together from its parts; it talks to an engine and knows no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.api import wire_api
+from app.comparing import comparing
+from app.components import line
+from app.drawing import Sessions, wire_draw
+from app.inside import inside
+from app.learning import learning
+from app.past import history_of, wire_history
+from app.regions import regions
+from app.remember import browser_form, form_from, wire_remember
+from app.restoring import restoring, wire_restoring
+from app.shelf import shelf_state, wire_blend, wire_library
+from app.studio import QUIET, Canvas, Studio, canvas, controls, library
+from app.taking import taking
+from app.words import WORDS
+
+STYLE = Path(__file__).parent / "style.css"
+HOUR, DAY = 3600, 86_400
+
+
+def create_page(engine: Any) -> gr.Blocks:
+    """Return the page of an engine."""
+    sessions = Sessions()
+    with gr.Blocks(title=WORDS.title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, DAY)) as page:
+        saved = browser_form(engine.folder)
+        with gr.Row(elem_id="top"):
+            gr.Markdown(f"# {WORDS.title}", elem_id="title")
+            facts = line("facts")
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab(WORDS.tab_draw, id="draw"), gr.Row(elem_id="desk", elem_classes="desk"):
+                studio, stage, shelf = controls(engine), canvas(), library()
+                with studio.extras:
+                    panel = restoring()
+                    taking(engine, studio)
+            with gr.Tab(WORDS.tab_compare, id="compare"):
+                comparing(engine, studio, sessions)
+            with gr.Tab(WORDS.tab_regions, id="regions") as regions_tab:
+                regions(engine, studio, sessions, regions_tab)
+            with gr.Tab(WORDS.tab_learn, id="learn"):
+                news = learning(engine)
+            with gr.Tab(WORDS.tab_inside, id="inside") as inside_tab:
+                inside(engine, inside_tab)
+        wire_blend(engine, studio, shelf)
+        shelf_outputs = wire_library(engine, studio, shelf)
+        wire_draw(engine, studio, stage, sessions)
+        wire_history(engine, stage)
+        wire_restoring(engine, studio, stage, shelf, panel)
+        wire_remember(studio, saved)
+        wire_api(engine)
+        news.change(
+            lambda query, kind, blend: (*refreshed(engine, query, kind, blend), headline(engine)),
+            [shelf.search, shelf.kind, studio.written],
+            [*shelf_outputs, facts],
+            **QUIET,
+        )
+        wire_load(page, engine, saved, studio, stage, [*shelf_outputs, facts])
+    return page
+
+
+def headline(engine: Any) -> str:
+    """Return what is open, in one line."""
+    return WORDS.facts(engine.base, engine.file.name if engine.file else "", len(engine.cards))
+
+
+def refreshed(engine: Any, query: str, kind: str, blend: str) -> tuple[Any, ...]:
+    """Return the first page of cards after looking at the subspace file again."""
+    engine.refresh()
+    return shelf_state(engine, query, kind, 0, blend)
+
+
+def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Studio, stage: Canvas, heads: list[Any]) -> None:
+    """Fill a page that opens or reloads: cards, history, the newest picture, and the form as the browser kept it."""
+
+    def load(form: Any) -> dict[Any, Any]:
+        values, rows = form_from(form, engine)
+        blend = values.get("blend", "")
+        cards = refreshed(engine, "", "all", blend)
+        shown, number, text = history_of(engine, 0)
+        filled: dict[Any, Any] = {component: values[name] for name, component in studio.fields.items() if name in values}
+        filled |= dict(zip(heads, (*cards, headline(engine)), strict=True))
+        filled |= {studio.mixer: rows, studio.agreed: blend}
+        filled |= {stage.history: shown, stage.history_page: number, stage.history_line: text}
+        if shown["tiles"]:
+            filled[stage.picture] = str(engine.history.path(shown["tiles"][0]["id"]))
+        return filled
+
+    outputs = [*studio.fields.values(), *heads, studio.mixer, studio.agreed]
+    outputs += [stage.history, stage.history_page, stage.history_line, stage.picture]
+    page.load(load, [saved], outputs, **QUIET)
+
+
+def appearance() -> dict[str, Any]:
+    """Return the theme and style that `launch` takes; this theme alone passes WCAG AA in light and dark, and asks no server."""
+    theme = gr.themes.Monochrome(
+        font=["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
+        text_size="sm",
+        spacing_size="sm",
+        radius_size="md",
+    )
+    return {"theme": theme, "css_paths": [STYLE]}

@@ -1,0 +1,54 @@
+"""The history on the page: look through it, show a picture, delete it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app.speak import spoken
+from app.studio import QUIET, Canvas
+from app.words import WORDS
+
+PAGE = 18
+
+
+def history_of(engine: Any, number: int, chosen: str = "") -> tuple[dict[str, Any], int, str]:
+    """Return the tiles of a page of the history, its number and what the line says."""
+    shown, pages = engine.history.page(number, PAGE)
+    number = min(max(0, number), pages - 1)
+    for item in shown:
+        item["on"] = item["id"] == chosen
+    return {"tiles": shown}, number, WORDS.page(number, pages, len(engine.history.ids()))
+
+
+def wire_history(engine: Any, stage: Canvas) -> None:
+    """Look through the history: show a picture, delete it, turn pages."""
+    strip = [stage.history, stage.history_page, stage.history_line]
+
+    @spoken
+    def choose(event: gr.EventData, number: int) -> tuple[Any, ...]:
+        name = str(event._data.get("id"))
+        path, settings = engine.history.path(name), engine.history.settings(name)
+        shown, number, _ = history_of(engine, number, name)
+        text = f"{settings.get('prompt', '')} · {settings.get('blend') or 'no concept'} · seed {settings.get('seed', '?')}"
+        picture = gr.Image(str(path), visible=True)
+        buttons = gr.Button(interactive=True), gr.Button(interactive=True)
+        return picture, gr.Gallery(visible=False), {"text": text}, shown, name, *buttons
+
+    @spoken
+    def remove(name: str, number: int) -> tuple[Any, ...]:
+        engine.history.remove(name)
+        off = gr.Button(interactive=False)
+        return *history_of(engine, number), gr.Image(None), {"text": WORDS.removed}, "", off, off
+
+    chosen = [stage.picture, stage.batch, stage.meter, stage.history, stage.chosen, stage.take, stage.remove]
+    stage.history.click(choose, [stage.history_page], chosen, **QUIET)
+    stage.remove.click(
+        remove,
+        [stage.chosen, stage.history_page],
+        [*strip, stage.picture, stage.meter, stage.chosen, stage.take, stage.remove],
+        **QUIET,
+    )
+    stage.newer.click(lambda number: history_of(engine, number - 1), [stage.history_page], strip, **QUIET)
+    stage.older.click(lambda number: history_of(engine, number + 1), [stage.history_page], strip, **QUIET)

@@ -1,0 +1,137 @@
+"""The tab where regions are painted: one layer for each concept, then a drawing in which each acts only there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from app import mix
+from app.comparing import bench, off, on
+from app.components import line
+from app.drawing import Sessions, wish_of
+from app.masks import write_mask
+from app.preview import montage
+from app.speak import plain, spoken
+from app.studio import GPU, QUIET, Studio
+from app.words import WORDS
+from share_diffusion.blend import Blend, Region
+
+LAYERS = 3
+COLOURS = ("#d9480f", "#1971c2", "#2f9e44")
+SIDE = 512
+SOFT = 0.05
+
+
+def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
+    """Lay out the tab and wire it."""
+    names = [WORDS.region_layer(index) for index in range(LAYERS)]
+    with gr.Row(elem_classes="desk"):
+        with gr.Column(scale=4, min_width=320):
+            canvas = gr.ImageEditor(
+                label=WORDS.region_canvas,
+                show_label=False,
+                type="numpy",
+                image_mode="RGBA",
+                sources=[],
+                transforms=(),
+                canvas_size=(SIDE, SIDE),
+                fixed_canvas=True,
+                height=SIDE + 90,
+                elem_id="region-canvas",
+                buttons=[],
+                layers=gr.LayerOptions(allow_additional_layers=False, layers=names),
+                brush=gr.Brush(default_size=60, colors=list(COLOURS), color_mode="fixed"),
+            )
+        with gr.Column(scale=2, min_width=260):
+            line("region-note", WORDS.region_note)
+            chosen = [
+                gr.Dropdown([], label=name, elem_id=f"region-{index}", allow_custom_value=True)
+                for index, name in enumerate(names)
+            ]
+            draw, place = bench("region", WORDS.region_draw)
+        with gr.Column(scale=4, min_width=320):
+            picture = gr.Image(
+                label=WORDS.canvas,
+                show_label=False,
+                type="filepath",
+                format="jpeg",
+                interactive=False,
+                elem_id="region-picture",
+                buttons=["download", "fullscreen"],
+            )
+
+    @spoken
+    def work(request: gr.Request, painting: Any, *values: Any) -> Iterator[Any]:
+        wish = wish_of(engine, values[LAYERS:])
+        blend, masks = painted(painting, values[:LAYERS], wish.blend)
+        wish = wish.changed(blend=blend, masks=masks, count=1)
+        stop = sessions.begin(request)
+        yield {place.meter: {"text": WORDS.waiting}, draw: off(), place.stop: on()}
+        try:
+            for frame in engine.draw([wish], stop):
+                now = {"text": WORDS.step(frame.step, frame.steps), "done": frame.step, "of": frame.steps}
+                if frame.ids:
+                    path = str(engine.history.path(frame.ids[0]))
+                    done = {"text": WORDS.cells(1)}
+                    yield {picture: path, place.meter: done, draw: on(), place.stop: off(), **taken(wish)}
+                else:
+                    yield {place.meter: now, **({picture: montage(frame.previews)} if frame.previews else {})}
+        except Exception as error:
+            stopped = stop.is_set() and not isinstance(error, ValueError)
+            text = WORDS.stopped if stopped else plain(str(error)) if isinstance(error, ValueError) else WORDS.unexpected
+            yield {place.meter: {"text": text}, draw: on(), place.stop: off()}
+            if not stopped:
+                raise
+
+    def taken(wish: Any) -> dict[Any, Any]:
+        """The regions go into the form, so that Draw and Compare use them as well."""
+        rows = mix.rows_of(wish.blend)
+        return {studio.masks: wish.masks, studio.written: wish.blend, studio.agreed: wish.blend, studio.mixer: rows}
+
+    def halt(request: gr.Request) -> tuple[Any, ...]:
+        sessions.end(request)
+        return {"text": WORDS.stopped}, on(), off()
+
+    def offer(written: str) -> tuple[gr.Dropdown, ...]:
+        try:
+            held = list(dict.fromkeys(row["name"] for row in mix.rows_of(written)))
+        except ValueError:
+            held = []
+        return tuple(gr.Dropdown(choices=held, value=held[index] if index < len(held) else None) for index in range(LAYERS))
+
+    outputs = [picture, place.meter, draw, place.stop, studio.masks, studio.written, studio.agreed, studio.mixer]
+    running = draw.click(
+        work,
+        [canvas, *chosen, *studio.form],
+        outputs,
+        show_progress="hidden",
+        trigger_mode="once",
+        api_visibility="private",
+        **GPU,
+    )
+    place.stop.click(halt, None, [place.meter, draw, place.stop], cancels=[running], **QUIET)
+    tab.select(offer, [studio.written], chosen, **QUIET)
+
+
+def painted(painting: Any, chosen: tuple[str | None, ...], written: str) -> tuple[str, dict[str, str]]:
+    """Return the blend with each painted layer's concept bound to its region, and the regions as masks."""
+    layers = list((painting or {}).get("layers") or [])
+    blend, masks = Blend.parse(written), {}
+    if lost := [name for name in chosen if name and name not in blend.names]:
+        raise ValueError(f"{lost[0]!r} is not in the blend; add it under Draw first")
+    for index, (layer, name) in enumerate(zip(layers, chosen, strict=False)):
+        mask = np.asarray(layer)[..., 3] > 0
+        if not name or not mask.any():
+            continue
+        region = f"painted{index + 1}"
+        masks[region] = write_mask(Image.fromarray((mask * 255).astype(np.uint8)))
+        terms = [replace(term, region=Region(mask=region, soft=SOFT)) if term.name == name else term for term in blend.terms]
+        blend = Blend(terms, blend.method)
+    if not masks:
+        raise ValueError("no region is painted yet; choose a concept for a layer and paint on it")
+    return str(blend), masks

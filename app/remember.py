@@ -1,0 +1,42 @@
+"""The form survives a reload: the browser keeps it, and what comes back is checked like any other input."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import mix
+from app.studio import QUIET, Studio
+from app.wish import checked
+
+KEY = "share-form"
+
+
+def browser_form(folder: Path) -> gr.BrowserState:
+    """Return the browser's copy of the form; its secret is this folder's own, so that a restart can still read it."""
+    place = folder / "secret"
+    if not place.is_file():
+        place.write_text(secrets.token_hex(16), encoding="ascii")
+        place.chmod(0o600)
+    return gr.BrowserState({}, storage_key=KEY, secret=place.read_text(encoding="ascii").strip())
+
+
+def wire_remember(studio: Studio, saved: gr.BrowserState) -> None:
+    """Keep the form in the browser whenever it changes, without asking the server."""
+    names = list(studio.fields)
+    script = f"(...values) => Object.fromEntries({names}.map((name, index) => [name, values[index]]))"
+    changes = [component.change for component in studio.fields.values()]
+    gr.on(changes, None, list(studio.fields.values()), saved, js=script, **QUIET)
+
+
+def form_from(saved: Any, engine: Any) -> tuple[dict[str, Any], list[mix.Row]]:
+    """Return the sound part of a saved form, and its blend as rows."""
+    values, _ = checked(saved if isinstance(saved, dict) else {}, engine.limits)
+    try:
+        rows = mix.rows_of(values.get("blend", ""))
+    except ValueError:
+        rows, values["blend"] = [], ""
+    return values, rows
