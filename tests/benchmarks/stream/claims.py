@@ -72,21 +72,13 @@ def claims(study: Study, lines: Lines) -> str:
             rows.append(
                 (f"less memory, basis counted ({study.horizon} concepts)", name, yes(counted > 1), f"{counted:.2f} times")
             )
-        if ours["forgetting"] is not None:
-            rows.append(("almost no forgetting (below .01)", name, yes(ours["forgetting"] < 0.01), f"{ours['forgetting']:.4f}"))
-        if ours["normalised"] is not None:
-            rows.append(
-                ("performance of separate LoRAs (above .98)", name, yes(ours["normalised"] > 0.98), f"{ours['normalised']:.3f}")
-            )
+        if (lost := ours["forgetting"]) is not None:
+            rows.append(("almost no forgetting (below .01)", name, yes(lost < 0.01), f"{lost:.4f}"))
+        if (score := ours["normalised"]) is not None:
+            rows.append(("performance of separate LoRAs (above .98)", name, yes(score > 0.98), f"{score:.3f}"))
         if (correlation := reconstruction(study, name)) is not None:
-            rows.append(
-                (
-                    "less reconstruction error, better performance (Figure 4)",
-                    name,
-                    yes(correlation > 0.3),
-                    f"r = {correlation:.2f}",
-                )
-            )
+            claim = "less reconstruction error, better performance (Figure 4)"
+            rows.append((claim, name, yes(correlation > 0.3), f"r = {correlation:.2f}"))
     body = [f"| {claim} | `{name}` | {verdict} | {figure} |" for claim, name, verdict, figure in rows]
     return "\n".join(["| claim | method | holds | figure |", "|---|---|---|---|", *body]) if body else ""
 

@@ -55,12 +55,8 @@ def heat_maps(study: Study, methods: Sequence[str], path: Path) -> None:
                 dark = value > 0.55
                 draw.text((box[0] + 8, box[1] + 14), f"{value:.2f}", fill=PAPER if dark else INK, font=font(12))
             draw.text((left + row * CELL + 4, 34 + last * CELL), matrix.names[row][:6], fill=INK, font=font(10))
-    draw.text(
-        (10, height - 24),
-        "row: after learning it; column: concept; 0 base, 1 own LoRA (held-out loss)",
-        fill=INK,
-        font=font(12),
-    )
+    about = "row: after learning it; column: concept; 0 base, 1 own LoRA (held-out loss)"
+    draw.text((10, height - 24), about, fill=INK, font=font(12))
     page.save(path)
 
 
@@ -196,9 +192,8 @@ def contact_sheet(study: Study, methods: Sequence[str], pictures: Path, path: Pa
         for column, file in enumerate(files):
             if file.exists():
                 with Image.open(file) as picture:
-                    page.paste(
-                        picture.resize((width, 128), Image.Resampling.NEAREST), (8 + column * (width + 8), row * step + 22)
-                    )
+                    large = picture.resize((width, 128), Image.Resampling.NEAREST)
+                page.paste(large, (8 + column * (width + 8), row * step + 22))
     for column, name in enumerate(names):
         draw.text((8 + column * (width + 8), len(lines) * step + 8), name, fill=INK, font=font(13))
     page.save(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from stream.scores import Study, final, forgetting, judge, learned, present
+from stream.scores import Matrix, Study, final, forgetting, judge, learned, present
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ def gates(study: Study) -> list[Gate]:
 def judged_gates(study: Study) -> list[Gate]:
     """Return the gates on what the judge sees."""
     limits, last = study.plan.gates, study.horizon
+
+    def diagonal(matrix: Matrix) -> float | None:
+        return learned(matrix, last, judge)
+
+    def lost(matrix: Matrix) -> float | None:
+        return forgetting(matrix, last, judge)
+
     return [
-        at_least(
-            "own LoRA: judge's share", averaged(study, "own_lora", lambda one: learned(one, last, judge)), limits.own_lora
-        ),
-        at_most("untouched base: judge's share", averaged(study, "base", lambda one: learned(one, last, judge)), limits.base),
-        at_least(
-            "sequential LoRA: judge's share forgotten",
-            averaged(study, "sequential_lora", lambda one: forgetting(one, last, judge)),
-            limits.drop,
-        ),
+        at_least("own LoRA: judge's share", averaged(study, "own_lora", diagonal), limits.own_lora),
+        at_most("untouched base: judge's share", averaged(study, "base", diagonal), limits.base),
+        at_least("sequential LoRA: judge's share forgotten", averaged(study, "sequential_lora", lost), limits.drop),
     ]
 
 

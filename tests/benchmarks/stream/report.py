@@ -91,16 +91,16 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
 def introduction(found: Study, summary: Mapping[str, Any]) -> str:
     """Return what was run, at which commit, with which versions."""
     commits = sorted({row["commit"] for row in found.rows if row["commit"]})
-    training = found.plan.training
+    training, measures = found.plan.training, found.plan.measures
     verdict = "valid" if summary["valid"] else "**not valid: a gate is broken or was not measured**"
     return (
         f"Written by `python tests/benchmarks/continual.py --report_only` from `cells.csv` ({len(found.rows)} cells). "
         f"Base `{found.plan.base}`; compared after **{summary['concepts']} of {len(found.plan.concepts)} concepts**, "
         f"{summary['orders']} order(s), {summary['seeds']} seed(s); this run is {verdict}.\n\n"
         f"Order 0: {', '.join(found.plan.concepts)}. Every concept has {training.steps} steps of batch {training.batch} for "
-        f"every method, the same pictures, noise and prompts. Loss is measured at fixed noise on {found.plan.measures.held_out} "
-        f"pictures in combinations that nothing was trained on; the judge sees {found.plan.measures.pictures} pictures of a "
-        f"concept at other unseen prompts, {found.plan.measures.sampling_steps} steps each. A score of 1 is the concept's own "
+        f"every method, the same pictures, noise and prompts. Loss is measured at fixed noise on {measures.held_out} "
+        f"pictures in combinations that nothing was trained on; the judge sees {measures.pictures} pictures of a "
+        f"concept at other unseen prompts, {measures.sampling_steps} steps each. A score of 1 is the concept's own "
         f"LoRA, 0 the untouched base.\n\nMeasured at {', '.join(commits) or 'no commit'} with {versions()}."
     )
 
@@ -176,11 +176,8 @@ def ablations(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [ablation_row(found, name) for name, method in found.plan.methods.items() if method.get("table") == title]
         known = [row for row in rows if row]
         if known:
-            head = [
-                "| variant | concepts | score | forgetting | numbers in all | a further concept |",
-                "|---|---|---|---|---|---|",
-            ]
-            out.append("\n".join([f"### {title}", "", *head, *known]))
+            head = "| variant | concepts | score | forgetting | numbers in all | a further concept |"
+            out.append("\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|", *known]))
     return "## Ablations\n\n" + "\n\n".join(out) if out else ""
 
 

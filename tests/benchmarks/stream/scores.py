@@ -32,10 +32,8 @@ class Matrix:
     @property
     def reached(self) -> int:
         """How many concepts are learned with every cell of their row finished."""
-        full = [
-            after for after in range(1, len(self.names) + 1) if all((after, name) in self.rows for name in self.names[:after])
-        ]
-        return max(full, default=0)
+        places = range(1, len(self.names) + 1)
+        return max((after for after in places if all((after, name) in self.rows for name in self.names[:after])), default=0)
 
     def value(self, after: int, concept: str, score: Callable[[Row], float | None]) -> float | None:
         """Return R[after, concept], None where it was not measured."""
@@ -83,9 +81,8 @@ def study(plan: Plan, table: Table) -> Study:
     matrices: dict[str, dict[Pair, Matrix]] = defaultdict(dict)
     for method in plan.methods:
         for order, seed in plan.runs(method):
-            mine = [
-                row for row in rows if (row["method"], row["order"], row["seed"], row["weight"]) == (method, order, seed, 1.0)
-            ]
+            key = method, order, seed, 1.0
+            mine = [row for row in rows if (row["method"], row["order"], row["seed"], row["weight"]) == key]
             if mine:
                 cells = {(row["after"], row["concept"]): row for row in mine}
                 matrices[method][order, seed] = Matrix(cells, plan.order(order)[: plan.length(method)])
