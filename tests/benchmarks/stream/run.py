@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,16 @@ def read_lesson(place: Path) -> Lesson | None:
     return Lesson(facts[0], facts[1], {int(step): loss for step, loss in facts[2].items()})
 
 
+@cache
 def commit() -> str:
-    """Return the commit that the code stands at, with a + where it was changed."""
+    """Return the commit that the code stands at, with a + where library or benchmark differ from it."""
+    code = ("share_diffusion", "tests/benchmarks/stream", "tests/benchmarks/continual.py", "tests/benchmarks/continual.toml")
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=8"], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.strip()
+        head = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
+        changed = subprocess.run(["git", "status", "--porcelain", "--", *code], capture_output=True, text=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def steps(plan: Plan, methods: list[str]) -> Iterator[tuple[str, int, int, int]]:

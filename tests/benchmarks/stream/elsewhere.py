@@ -1,0 +1,215 @@
+"""The same core on models that draw nothing: a vision transformer that classifies digits, and a text encoder.
+
+Nothing of the library is replaced: `attach`, `make_learner`, `gradient_directions` and `Subspace.merge` see layers, not
+pipelines. A plain module only has to be given under a component's name, `SimpleNamespace(transformer=model)`.
+
+    digits     class-incremental: every concept is two further digits, answered among all ten classes. The data are the
+               1,797 scans of 8 x 8 of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI
+               repository, CC BY 4.0), in the order and form in which scikit-learn ships them, in digits.csv.gz
+    captions   every concept is another question about a scene's caption: its colour, its place, its number, its side
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
+from share_diffusion.attached import Attached, attach
+from share_diffusion.capacity import Capacity
+from share_diffusion.lora import LoRA
+from share_diffusion.models.identity import identify
+from share_diffusion.models.layers import select, shape_of
+from share_diffusion.subspace import Subspace
+from share_diffusion.world.scene import BACKGROUNDS, COLOURS, SIDES, sample_scene
+
+DIGITS = Path(__file__).resolve().parents[1] / "digits.csv.gz"
+LINEAR = r"(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2)$"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs and labels to learn from and to be tested on."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A frozen model under a component's name, how it answers, and the tasks that come one after another."""
+
+    host: Any
+    answer: Callable[[Tensor], Tensor]  # inputs (n, ...) -> logits (n, classes)
+    tasks: Mapping[str, Task]
+    steps: int = 120
+    batch: int = 32
+
+
+def stream(problem: Problem, seed: int = 0) -> dict[str, Any]:
+    """Learn every task by own LoRAs, one sequential LoRA and Share; returns accuracies and stored numbers."""
+    modules = select(problem.host, LINEAR)
+    empty = Subspace(base=identify(problem.host)).cover({path: shape_of(module) for path, module in modules.items()})
+    untouched = {name: accuracy(problem, task) for name, task in problem.tasks.items()}
+    own, learned, subspace, single = {}, {}, empty, None
+    for name, task in problem.tasks.items():
+        alone = taught(problem, modules, Subspace(), task, Adaptation("lora", rank=4), seed)
+        own[name] = with_lora(problem, alone.lora(), task)
+        single = alone if single is None else taught(problem, modules, Subspace(), task, Adaptation("lora"), seed, single)
+        learner = taught(problem, modules, subspace, task, Adaptation("gradient", 4, 4, 4), seed)
+        subspace = subspace.merge({name: learner.lora()}, capacity=Capacity(0.999))
+        learned[name] = with_concept(problem, subspace, name, task)
+    assert single is not None
+    final = {name: with_concept(problem, subspace, name, task) for name, task in problem.tasks.items()}
+    forgotten = {name: with_lora(problem, single.lora(), task) for name, task in problem.tasks.items()}
+    again = {name: accuracy(problem, task) for name, task in problem.tasks.items()}
+    return {
+        "base": untouched,
+        "own_lora": own,
+        "share_when_learned": learned,
+        "share": final,
+        "sequential_lora": forgotten,
+        "base_untouched": again == untouched,
+        "lora_numbers": sum(4 * sum(shape_of(module)[0]) for module in modules.values()),
+        "concept_numbers": mean(concept.numbers for concept in subspace.concepts.values()),
+        "retention": min(concept.retention for concept in subspace.concepts.values()),
+    }
+
+
+def taught(
+    problem: Problem,
+    modules: Mapping[str, nn.Module],
+    subspace: Subspace,
+    task: Task,
+    adaptation: Adaptation,
+    seed: int,
+    going_on: Learner | None = None,
+) -> Learner:
+    """Return a learner trained on a task in the subspace's bases, or one that goes on from where it stands."""
+    inputs, labels = task.train
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = torch.randint(len(labels), (problem.batch,), generator=generator)
+        return F.cross_entropy(problem.answer(inputs[chosen]), labels[chosen])
+
+    with Attached(problem.host, sorted(modules)) as attached:
+        bases = dict(subspace.layers)
+        wanted = adaptation.looks_at_gradient
+        directions = gradient_directions(attached, bases, adaptation.temporary_rank, loss, 8, seed) if wanted else {}
+        learner = going_on or make_learner(modules, bases, adaptation, directions, seed)
+        optimizer = torch.optim.AdamW(learner.parameter_groups(2e-2, 1e-2), weight_decay=0.0)
+        for step in range(problem.steps):
+            attached.set(learner.updates())
+            optimizer.zero_grad()
+            loss(1_000 + step).backward()
+            optimizer.step()
+    return learner
+
+
+@torch.no_grad()
+def accuracy(problem: Problem, task: Task) -> float:
+    """Return the share of test inputs answered right with whatever is active."""
+    inputs, labels = task.test
+    return float((problem.answer(inputs).argmax(1) == labels).double().mean())
+
+
+def with_lora(problem: Problem, lora: LoRA, task: Task) -> float:
+    """Return the accuracy with a LoRA active."""
+    subspace = Subspace(base=identify(problem.host)).merge({"one": lora}, capacity=Capacity(1.0))
+    return with_concept(problem, subspace, "one", task)
+
+
+def with_concept(problem: Problem, subspace: Subspace, name: str, task: Task) -> float:
+    """Return the accuracy with a concept of a subspace active."""
+    with attach(problem.host, subspace) as handle:
+        handle.set_blend({name: 1.0})
+        return accuracy(problem, task)
+
+
+def pretrained(model: nn.Module, answer: Callable[[Tensor], Tensor], task: Task, steps: int) -> None:
+    """Train the whole model on a task of its own and freeze it."""
+    inputs, labels = task.train
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    model.train()
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(labels), (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(answer(inputs[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    model.requires_grad_(False).eval()
+
+
+def digits(seed: int = 0) -> Problem:
+    """Return the class-incremental stream of digits on a small ViT that was pretrained to tell how a scan is turned."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with gzip.open(DIGITS, "rt") as file:
+        table = torch.tensor(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    pictures, labels = table[:, :-1].reshape(-1, 1, 8, 8) / 8 - 1, table[:, -1].long()
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
+
+    def answer(inputs: Tensor) -> Tensor:
+        return model(pixel_values=inputs).logits
+
+    held_out = torch.arange(len(labels)) % 5 == 0
+    turns = torch.arange(len(labels)) % 4
+    turned = torch.stack([picture.rot90(int(turn), (1, 2)) for picture, turn in zip(pictures, turns, strict=True)])
+    pretrained(model, answer, Task((turned[~held_out], turns[~held_out]), (turned, turns)), 300)
+    tasks = {}
+    for first in range(0, 10, 2):
+        mine = (labels == first) | (labels == first + 1)
+        tasks[f"{first} and {first + 1}"] = Task(
+            (pictures[mine & ~held_out], labels[mine & ~held_out]), (pictures[mine & held_out], labels[mine & held_out])
+        )
+    return Problem(SimpleNamespace(transformer=model), answer, tasks)
+
+
+def captions(seed: int = 0) -> Problem:
+    """Return a stream of questions about captions on a small BERT that was pretrained to name the subject."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    generator = np.random.default_rng(seed)
+    scenes = [sample_scene(generator) for _ in range(1_200)]
+    texts = [scene.describe().split() for scene in scenes]
+    words = {word: index + 1 for index, word in enumerate(sorted({word for text in texts for word in text}))}
+    tokens = torch.zeros(len(texts), 16, dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = torch.tensor([words[word] for word in text])
+    subjects = sorted({scene.subject for scene in scenes})
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=len(words) + 1, max_position_embeddings=16, num_labels=len(subjects), **sizes)
+    )
+
+    def answer(inputs: Tensor) -> Tensor:
+        return model(input_ids=inputs, attention_mask=(inputs > 0).long()).logits
+
+    asked = {
+        "colour": [list(COLOURS).index(scene.colour) for scene in scenes],
+        "place": [list(BACKGROUNDS).index(scene.background) for scene in scenes],
+        "number": [scene.count for scene in scenes],
+        "side": [list(SIDES).index(scene.side) for scene in scenes],
+    }
+    split = len(scenes) * 3 // 4
+    names = torch.tensor([subjects.index(scene.subject) for scene in scenes])
+    pretrained(model, answer, Task((tokens[:split], names[:split]), (tokens[split:], names[split:])), 300)
+    tasks = {
+        name: Task((tokens[:split], torch.tensor(labels)[:split]), (tokens[split:], torch.tensor(labels)[split:]))
+        for name, labels in asked.items()
+    }
+    return Problem(SimpleNamespace(text_encoder=model), answer, tasks)
