@@ -86,7 +86,8 @@ def study(plan: Plan, table: Table) -> Study:
             if mine:
                 cells = {(row["after"], row["concept"]): row for row in mine}
                 matrices[method][order, seed] = Matrix(cells, plan.order(order)[: plan.length(method)])
-    own = {(row["seed"], row["concept"]): row for row in rows if row["method"] == "own_lora" and row["weight"] == 1.0}
+    mine = [row for row in rows if row["method"] == "own_lora" and row["concept"] == row["learned"]]
+    own = {(row["seed"], row["concept"]): row for row in mine}
     return Study(plan, rows, dict(matrices), own)
 
 
