@@ -12,6 +12,7 @@ never measured twice; states and LoRAs in the making lie under outputs/benchmark
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -42,13 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path) -> None:
     """Measure what is missing."""
     import torch
+    from stream.elsewhere import captions, digits, stream
     from stream.run import run
+    from stream.separate import own_lora
+    from stream.weights import measure
     from stream.workbench import Workbench
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bench = Workbench(plan, arguments.work / plan.name)
     run(plan, bench, table, arguments.methods or list(plan.methods), results / "pictures", arguments.minutes)
+    if arguments.weights:
+        measure({concept: own_lora(bench, concept, 0)[0] for concept in plan.concepts}, results / "weights.csv")
+    if arguments.elsewhere:
+        found = {"digits, ViT": stream(digits()), "captions, BERT": stream(captions())}
+        (results / "elsewhere.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +68,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on")
     parser.add_argument("--report_only", action="store_true", help="measure nothing, write the report from the CSV")
     parser.add_argument("--smoke", action="store_true", help="the small plan; fails when one of its gates is broken")
+    parser.add_argument("--weights", action="store_true", help="also fit bases of all widths to the own LoRAs of seed 0")
+    parser.add_argument("--elsewhere", action="store_true", help="also run the core on a ViT and a BERT")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/continual"), help="where states are kept")
     parser.add_argument("--results", type=Path, help="where CSV, report and pictures go")
     parser.add_argument("--threads", type=int, help="threads of torch")

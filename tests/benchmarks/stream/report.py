@@ -17,6 +17,7 @@ from stream.gates import Gate, gates
 from stream.plan import Plan
 from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, present, study
 from stream.transfer import transfer
+from stream.weights import section
 
 KEYS = (
     *("normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"),
@@ -80,7 +81,8 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         "## The paper's claims, measured here",
         claims(found, summary["methods"]),
         ablations(found, summary["methods"]),
-        weight_section(results),
+        section(results / "weights.csv", results / "retention.png"),
+        elsewhere(results),
         notes(results),
         "## Progress and cost",
         progress(found),
@@ -198,10 +200,18 @@ def ablation_row(found: Study, name: str) -> str:
     )
 
 
-def weight_section(results: Path) -> str:
-    """Return what the weight-space study wrote, where it was run."""
-    file = results / "weights.md"
-    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+def elsewhere(results: Path) -> str:
+    """Return what the same core does on models that draw nothing, where it was run."""
+    file = results / "elsewhere.json"
+    if not file.exists():
+        return ""
+    kinds = ("base", "own_lora", "share_when_learned", "share", "sequential_lora")
+    out = ["## The same core elsewhere", "", "Mean accuracy over the tasks of a stream (`--elsewhere`):", ""]
+    out += [f"| stream | {' | '.join(kinds)} | numbers of a LoRA | of a concept |", "|---|" + "---|" * (len(kinds) + 2)]
+    for name, found in json.loads(file.read_text(encoding="utf-8")).items():
+        cells = [f"{mean(found[kind].values()):.3f}" for kind in kinds]
+        out.append(f"| {name} | {' | '.join(cells)} | {found['lora_numbers']:,} | {found['concept_numbers']:,.0f} |")
+    return "\n".join(out)
 
 
 def notes(results: Path) -> str:
