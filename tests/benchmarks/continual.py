@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path) -> None:
     """Measure what is missing."""
     import torch
-    from stream.elsewhere import captions, digits, stream
+    from stream.elsewhere import captions, digits, go_through
     from stream.run import run
     from stream.separate import own_lora
     from stream.weights import measure
@@ -56,7 +56,7 @@ def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path)
     if arguments.weights:
         measure({concept: own_lora(bench, concept, 0)[0] for concept in plan.concepts}, results / "weights.csv")
     if arguments.elsewhere:
-        found = {"digits, ViT": stream(digits()), "captions, BERT": stream(captions())}
+        found = {"digits, ViT": go_through(digits()), "captions, BERT": go_through(captions())}
         (results / "elsewhere.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ class Problem:
     batch: int = 32
 
 
-def stream(problem: Problem, seed: int = 0) -> dict[str, Any]:
+def go_through(problem: Problem, seed: int = 0) -> dict[str, Any]:
     """Learn every task by own LoRAs, one sequential LoRA and Share; returns accuracies and stored numbers."""
     modules = select(problem.host, LINEAR)
     empty = Subspace(base=identify(problem.host)).cover({path: shape_of(module) for path, module in modules.items()})
