@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from stream.elsewhere import captions, digits, go_through  # noqa: E402
+from stream.elsewhere import captions, digits, go_through
 
 
 @pytest.mark.parametrize("make", [digits, captions])

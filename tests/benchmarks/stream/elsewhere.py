@@ -52,7 +52,7 @@ class Problem:
     host: Any
     answer: Callable[[Tensor], Tensor]  # inputs (n, ...) -> logits (n, classes)
     tasks: Mapping[str, Task]
-    steps: int = 120
+    steps: int = 60
     batch: int = 32
 
 
@@ -159,7 +159,7 @@ def digits(seed: int = 0) -> Problem:
         table = torch.tensor(np.loadtxt(file, delimiter=",", dtype=np.float32))
     pictures, labels = table[:, :-1].reshape(-1, 1, 8, 8) / 8 - 1, table[:, -1].long()
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
 
     def answer(inputs: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def digits(seed: int = 0) -> Problem:
     held_out = torch.arange(len(labels)) % 5 == 0
     turns = torch.arange(len(labels)) % 4
     turned = torch.stack([picture.rot90(int(turn), (1, 2)) for picture, turn in zip(pictures, turns, strict=True)])
-    pretrained(model, answer, Task((turned[~held_out], turns[~held_out]), (turned, turns)), 300)
+    pretrained(model, answer, Task((turned[~held_out], turns[~held_out]), (turned, turns)), 200)
     tasks = {}
     for first in range(0, 10, 2):
         mine = (labels == first) | (labels == first + 1)
@@ -207,7 +207,7 @@ def captions(seed: int = 0) -> Problem:
     }
     split = len(scenes) * 3 // 4
     names = torch.tensor([subjects.index(scene.subject) for scene in scenes])
-    pretrained(model, answer, Task((tokens[:split], names[:split]), (tokens[split:], names[split:])), 300)
+    pretrained(model, answer, Task((tokens[:split], names[:split]), (tokens[split:], names[split:])), 200)
     tasks = {
         name: Task((tokens[:split], torch.tensor(labels)[:split]), (tokens[split:], torch.tensor(labels)[split:]))
         for name, labels in asked.items()

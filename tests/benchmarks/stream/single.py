@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from share_diffusion.adapt import Adaptation, Learner, LearningPath, make_learner
-from share_diffusion.learning import Denoiser, Materials, denoising_loss
+from share_diffusion.learning import Denoiser, denoising_loss
 from share_diffusion.lora import LoRA
-from share_diffusion.objective import Draw
+from share_diffusion.objective import Draw, batch_indices
 from stream.separate import file_bytes, numbers, own_lora
 from stream.workbench import Batch, Lesson, Workbench
 
@@ -61,14 +61,14 @@ class SequentialLoRA:
         own = self.bench.lessons(concept, self.seed)
         if self.guard != "replay":
             return own
-        memory = joined([first(self.bench.materials(earlier), self.kept) for earlier in self.concepts])
-        batch = self.bench.plan.training.batch
+        training, current = self.bench.plan.training, len(self.bench.materials((concept, None)))
+        data = self.bench.materials((concept, None), *((earlier, self.kept) for earlier in self.concepts))
+        half = training.batch // 2
 
         def mixed(step: int) -> Batch:
-            data, drawn = own(step)
-            old = self.bench.draw(memory, batch // 2, self.seed + 1, step).indices + len(data)
-            indices = torch.cat([drawn.indices[: batch - batch // 2], old])
-            return joined([data, memory]), Draw(indices, drawn.times, drawn.noise)
+            _, drawn = own(step)
+            old = batch_indices(len(data) - current, half, self.seed + 1, step) + current
+            return data, Draw(torch.cat([drawn.indices[: training.batch - half], old]), drawn.times, drawn.noise)
 
         return mixed
 
@@ -168,7 +168,7 @@ class JointLoRA:
     def update(self, concept: str) -> LoRA:
         """Return the adapter for all concepts so far, trained where it is not."""
         if self.trained[0] != len(self.concepts):
-            data = joined([self.bench.materials(name) for name in self.concepts])
+            data = self.bench.materials(*((name, None) for name in self.concepts))
             training = self.bench.plan.training
             learner = make_learner(self.bench.modules, {}, Adaptation("lora", rank=self.rank), {}, self.seed)
             rates, steps = (training.rate, training.lora_rate), training.steps * len(self.concepts)
@@ -191,17 +191,3 @@ class JointLoRA:
     def load(self, folder: Path) -> None:
         """Read the names."""
         self.concepts = json.loads((folder / "concepts.json").read_text())
-
-
-def joined(parts: list[Materials]) -> Materials:
-    """Return several data sets as one."""
-    return Materials(
-        torch.cat([part.latents for part in parts]),
-        torch.cat([part.tokens for part in parts]),
-        tuple(name for part in parts for name in part.names),
-    )
-
-
-def first(data: Materials, count: int) -> Materials:
-    """Return the first pictures of a data set."""
-    return Materials(data.latents[:count], data.tokens[:count], data.names[:count])

@@ -11,9 +11,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,13 @@ from share_diffusion.adapt import Learner, gradient_directions
 from share_diffusion.attached import Attached, attach
 from share_diffusion.base import load_base
 from share_diffusion.basis import Basis
-from share_diffusion.data import read_dataset
+from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.drawing import Sampling, generate
 from share_diffusion.evaluate.gates import BLANK
 from share_diffusion.evaluate.judge import Judge
 from share_diffusion.layer import Update
 from share_diffusion.learning import Denoiser, Frozen, Materials, denoising_loss, fixed_noise_loss, freeze, prepare, rate_factor
 from share_diffusion.lora import LoRA
-from share_diffusion.models import stable_diffusion as family
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.objective import Draw, draw
@@ -86,21 +86,28 @@ class Workbench:
         self.memory = Memory(folder / "measured.jsonl")
         self.materials, self.held_out = cache(self._materials), cache(self._held_out)
 
-    def _materials(self, concept: str) -> Materials:
-        """Return a concept's training pictures, the ones that its concept file describes."""
+    def _materials(self, *parts: tuple[str, int | None]) -> Materials:
+        """Return the training pictures of one concept or several, all of each or the first few."""
+        datasets = [(self.dataset(concept), count) for concept, count in parts]
+        examples = tuple(example for dataset, count in datasets for example in dataset.examples[:count])
+        return prepare(self.pipeline, replace(datasets[0][0], examples=examples), 64)
+
+    def dataset(self, concept: str) -> Dataset:
+        """Return a concept's training pictures and captions, the ones that its concept file describes."""
         recipe = read_recipe_file(ROOT / "configs/concepts" / f"{concept}.toml")
         data, place = recipe["data"], self.folder / "data" / concept
         if not place.exists():
             render_folder(data["world"], place, data["pictures"], data["seed"], data["caption"])
-        return prepare(self.pipeline, read_dataset(place, trigger=recipe["trigger"]), 64)
+        return read_dataset(place, trigger=recipe["trigger"])
 
     def _held_out(self, concept: str) -> Materials:
         """Return pictures of a concept in combinations and places that neither base nor concept was trained on."""
-        some = unseen(concept, self.plan.measures.held_out, HELD_OUT)
-        pictures = torch.stack([to_tensor(rendering.picture) for rendering, _ in some])
-        latents = torch.cat([family.encode_pictures(self.pipeline, part).cpu() for part in pictures.split(16)])
-        tokens = family.tokenize(self.pipeline, [caption for _, caption in some])
-        return Materials(latents, tokens, tuple(f"{concept} {index}" for index in range(len(some))))
+        with TemporaryDirectory() as temporary:
+            some = unseen(concept, self.plan.measures.held_out, HELD_OUT)
+            for index, (rendering, caption) in enumerate(some):
+                rendering.picture.save(Path(temporary) / f"{index:04d}.png")
+                (Path(temporary) / f"{index:04d}.txt").write_text(caption, encoding="utf-8")
+            return prepare(self.pipeline, read_dataset(Path(temporary)), 64)
 
     def draw(self, data: Materials, batch: int, seed: int, step: int) -> Draw:
         """Return a step's pictures, times and noise."""
@@ -109,7 +116,7 @@ class Workbench:
 
     def lessons(self, concept: str, seed: int) -> Callable[[int], Batch]:
         """Return the batches of a concept, by step."""
-        data = self.materials(concept)
+        data = self.materials((concept, None))
         return lambda step: (data, self.draw(data, self.plan.training.batch, seed, step))
 
     def directions(self, concept: str, bases: Mapping[str, Basis], rank: int, seed: int) -> dict[str, Basis]:
@@ -181,7 +188,7 @@ class Workbench:
 
     def training_loss(self, lora: LoRA | None, concept: str) -> float:
         """Return the loss on a concept's own training pictures, for tuning a method without the held-out ones."""
-        data = self.materials(concept)
+        data = self.materials((concept, None))
         self.attached.set(self.updates(lora))
         draws = [self.draw(data, 12, 321, step) for step in range(2)]
         loss = fixed_noise_loss(Frozen(self.pipeline), self.pipeline, data, draws, self.device)
