@@ -34,6 +34,8 @@ from share_diffusion.subspace import Subspace
 from share_diffusion.world.scene import BACKGROUNDS, COLOURS, SIDES, sample_scene
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits.csv.gz"
+WIDTH = 32
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LINEAR = r"(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2)$"
 
 
@@ -137,50 +139,48 @@ def with_concept(problem: Problem, subspace: Subspace, name: str, task: Task) ->
         return accuracy(problem, task)
 
 
-def pretrained(model: nn.Module, answer: Callable[[Tensor], Tensor], task: Task, steps: int) -> None:
-    """Train the whole model on a task of its own and freeze it."""
-    inputs, labels = task.train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    model.train()
+def pretrained(model: nn.Module, features: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """Train a whole model on a first task with a head that is thrown away; returns the streams' head, random and frozen."""
+    head = nn.Linear(WIDTH, int(labels.max()) + 1)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(labels), (64,), generator=generator)
+        chosen = torch.randint(len(labels), (64,), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        F.cross_entropy(answer(inputs[chosen]), labels[chosen]).backward()
+        F.cross_entropy(head(features(inputs[chosen])), labels[chosen]).backward()
         optimizer.step()
     model.requires_grad_(False).eval()
+    return 2 * torch.randn(WIDTH, 10, generator=torch.Generator().manual_seed(1)) / WIDTH**0.5
 
 
 def digits(seed: int = 0) -> Problem:
     """Return the class-incremental stream of digits on a small ViT that was pretrained to tell how a scan is turned."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig, ViTModel
 
     with gzip.open(DIGITS, "rt") as file:
         table = torch.tensor(np.loadtxt(file, delimiter=",", dtype=np.float32))
     pictures, labels = table[:, :-1].reshape(-1, 1, 8, 8) / 8 - 1, table[:, -1].long()
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
+    config = ViTConfig(image_size=8, patch_size=2, num_channels=1, **SIZES)
+    model = ViTModel(config, add_pooling_layer=False).eval()
 
-    def answer(inputs: Tensor) -> Tensor:
-        return model(pixel_values=inputs).logits
+    def features(inputs: Tensor) -> Tensor:
+        return model(pixel_values=inputs).last_hidden_state[:, 0]
 
-    held_out = torch.arange(len(labels)) % 5 == 0
-    turns = torch.arange(len(labels)) % 4
+    held_out, turns = torch.arange(len(labels)) % 5 == 0, torch.arange(len(labels)) % 4
     turned = torch.stack([picture.rot90(int(turn), (1, 2)) for picture, turn in zip(pictures, turns, strict=True)])
-    pretrained(model, answer, Task((turned[~held_out], turns[~held_out]), (turned, turns)), 200)
+    head = pretrained(model, features, turned[~held_out], turns[~held_out], 150)
     tasks = {}
     for first in range(0, 10, 2):
         mine = (labels == first) | (labels == first + 1)
         tasks[f"{first} and {first + 1}"] = Task(
             (pictures[mine & ~held_out], labels[mine & ~held_out]), (pictures[mine & held_out], labels[mine & held_out])
         )
-    return Problem(SimpleNamespace(transformer=model), answer, tasks)
+    return Problem(SimpleNamespace(transformer=model), lambda inputs: features(inputs) @ head, tasks)
 
 
 def captions(seed: int = 0) -> Problem:
     """Return a stream of questions about captions on a small BERT that was pretrained to name the subject."""
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertModel
 
     generator = np.random.default_rng(seed)
     scenes = [sample_scene(generator) for _ in range(1_200)]
@@ -189,15 +189,14 @@ def captions(seed: int = 0) -> Problem:
     tokens = torch.zeros(len(texts), 16, dtype=torch.long)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = torch.tensor([words[word] for word in text])
-    subjects = sorted({scene.subject for scene in scenes})
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=len(words) + 1, max_position_embeddings=16, num_labels=len(subjects), **sizes)
-    )
+    config = BertConfig(vocab_size=len(words) + 1, max_position_embeddings=16, **SIZES)
+    model = BertModel(config, add_pooling_layer=False).eval()
 
-    def answer(inputs: Tensor) -> Tensor:
-        return model(input_ids=inputs, attention_mask=(inputs > 0).long()).logits
+    def features(inputs: Tensor) -> Tensor:
+        mask = (inputs > 0).float()[..., None]
+        states = model(input_ids=inputs, attention_mask=(inputs > 0).long()).last_hidden_state
+        return 3 * (states * mask).sum(1) / mask.sum(1)
 
     asked = {
         "colour": [list(COLOURS).index(scene.colour) for scene in scenes],
@@ -205,11 +204,11 @@ def captions(seed: int = 0) -> Problem:
         "number": [scene.count for scene in scenes],
         "side": [list(SIDES).index(scene.side) for scene in scenes],
     }
-    split = len(scenes) * 3 // 4
-    names = torch.tensor([subjects.index(scene.subject) for scene in scenes])
-    pretrained(model, answer, Task((tokens[:split], names[:split]), (tokens[split:], names[split:])), 200)
+    subjects = sorted({scene.subject for scene in scenes})
+    names, split = torch.tensor([subjects.index(scene.subject) for scene in scenes]), len(scenes) * 3 // 4
+    head = pretrained(model, features, tokens[:split], names[:split], 150)
     tasks = {
         name: Task((tokens[:split], torch.tensor(labels)[:split]), (tokens[split:], torch.tensor(labels)[split:]))
         for name, labels in asked.items()
     }
-    return Problem(SimpleNamespace(text_encoder=model), answer, tasks)
+    return Problem(SimpleNamespace(text_encoder=model), lambda inputs: features(inputs) @ head, tasks)

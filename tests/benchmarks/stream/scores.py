@@ -136,11 +136,11 @@ def steps_to(row: Row, own: Row | None, share: float = 0.95) -> float:
 
 def lessons(study: Study, method: str, first: int = 2) -> list[Row]:
     """Return the cells of concepts just learned, from the `first` place on, up to the horizon."""
-    found = []
+    found: list[Row | None] = []
     for matrix in study.complete(method).values():
         last = min(study.horizon, len(matrix.names))
-        found += [matrix.rows[after, matrix.names[after - 1]] for after in range(first, last + 1)]
-    return [row for row in found if row["numbers"] != ""]
+        found += [matrix.rows.get((after, matrix.names[after - 1])) for after in range(first, last + 1)]
+    return [row for row in found if row is not None and row["numbers"] != ""]
 
 
 def facts(study: Study, method: str) -> dict[str, float | int | None]:
@@ -151,8 +151,8 @@ def facts(study: Study, method: str) -> dict[str, float | int | None]:
         values = present(measure(matrix) for matrix in matrices)
         return round(mean(values), digits) if values else None
 
-    own_judge = [judge(row) for matrix in study.complete("own_lora").values() for row in matrix.rows.values()]
-    reference = mean(present(own_judge)) if present(own_judge) else None
+    own = present(final(matrix, last, judge) for matrix in study.complete("own_lora").values())
+    reference = mean(own) if own else None
     judged = over(lambda matrix: final(matrix, last, judge))
     ends = [matrix.rows[last, matrix.names[last - 1]] for matrix in matrices]
     taught = lessons(study, method)

@@ -24,7 +24,7 @@ from stream.workbench import Lesson, Workbench
 
 DENSITY = 0.2  # share of an update's entries that TIES keeps (its authors' value)
 DROP = 0.5  # share of entries that DARE drops
-SCALES = (0.5, 1.0, 2.0, 4.0)  # of the mean, tried on the training pictures
+SCALES = (0.1, 0.3, 1.0, 3.0)  # of the mean, tried on the training pictures
 
 
 def own_lora(
