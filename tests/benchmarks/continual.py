@@ -6,7 +6,8 @@
     python tests/benchmarks/continual.py --smoke            # a small stream with its own gates, as CI runs it
 
 The plan is `continual.toml` (`continual_smoke.toml`). Every finished cell is a line of results/continual/cells.csv and is
-never measured twice; states and LoRAs in the making lie under outputs/benchmarks/, outside the repository's files.
+never measured twice; states and LoRAs in the making lie under outputs/benchmarks/, outside the repository's files. Where the
+machine has room, start the same command several times with different --methods: they share the CSV and the own LoRAs.
 """
 
 from __future__ import annotations

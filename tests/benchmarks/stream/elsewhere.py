@@ -54,7 +54,7 @@ class Problem:
     host: Any
     answer: Callable[[Tensor], Tensor]  # inputs (n, ...) -> logits (n, classes)
     tasks: Mapping[str, Task]
-    steps: int = 60
+    steps: int = 80
     batch: int = 32
 
 
@@ -194,9 +194,8 @@ def captions(seed: int = 0) -> Problem:
     model = BertModel(config, add_pooling_layer=False).eval()
 
     def features(inputs: Tensor) -> Tensor:
-        mask = (inputs > 0).float()[..., None]
         states = model(input_ids=inputs, attention_mask=(inputs > 0).long()).last_hidden_state
-        return 3 * (states * mask).sum(1) / mask.sum(1)
+        return states.masked_fill((inputs == 0)[..., None], -9.0).amax(1)
 
     asked = {
         "colour": [list(COLOURS).index(scene.colour) for scene in scenes],

@@ -91,14 +91,16 @@ class Axes:
         self.draw.text((self.box[0], self.box[3] + 22), f"{x_name}   (upwards: {y_name})", fill=INK, font=font(12))
 
     def mark(self, x: float, y: float, colour: tuple[int, int, int], text: str = "") -> None:
-        """Draw a dot with a name beside it."""
+        """Draw a dot with a name beside it; a value below the frame stands at its edge, in figures."""
+        text, y = (text, y) if y >= self.y[0] else (f"{text} ({y:.2f})", self.y[0])
         across, up = self.at(x, y)
         self.draw.ellipse((across - 5, up - 5, across + 5, up + 5), fill=colour)
         self.draw.text((across + 8, up - 8), text, fill=INK, font=font(11))
 
     def line(self, points: Sequence[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-        """Draw a line through points."""
-        self.draw.line([self.at(*point) for point in points], fill=colour, width=2)
+        """Draw a line through points, those outside the frame at its edge."""
+        inside = [(x, min(max(y, self.y[0]), self.y[1])) for x, y in points]
+        self.draw.line([self.at(*point) for point in inside], fill=colour, width=2)
 
 
 def quality_against_bytes(study: Study, summary: Mapping[str, Mapping[str, float | None]], path: Path) -> None:
@@ -111,8 +113,7 @@ def quality_against_bytes(study: Study, summary: Mapping[str, Mapping[str, float
     if not points:
         return
     low, high = min(point[1] for point in points), max(point[1] for point in points)  # type: ignore[type-var]
-    floor = min(0.0, *(point[2] for point in points)) - 0.05  # type: ignore[arg-type]
-    axes = Axes((760, 460), (low / 1.6, high * 2.6), (floor, 1.15), log_x=True)  # type: ignore[operator]
+    axes = Axes((760, 460), (low / 1.6, high * 2.6), (-0.35, 1.2), log_x=True)  # type: ignore[operator]
     sizes = {10**power * step: f"{step * 10**power / 1000:g} kB" for power in (3, 4, 5, 6) for step in (1, 3)}
     axes.ticks(sizes, [0.0, 0.25, 0.5, 0.75, 1.0], "bytes of all files, log scale", "normalised score after the last concept")
     for index, (name, size, score) in enumerate(points):
@@ -122,7 +123,7 @@ def quality_against_bytes(study: Study, summary: Mapping[str, Mapping[str, float
 
 def learning_curves(study: Study, methods: Sequence[str], path: Path) -> None:
     """Draw the mean normalised score over training steps of the concepts after the first."""
-    axes = Axes((700, 430), (0, study.plan.training.steps), (-0.1, 1.2))
+    axes = Axes((700, 430), (0, study.plan.training.steps), (-0.2, 1.2))
     axes.ticks({step: str(step) for step in (0, *study.plan.measures.curve, study.plan.training.steps)},
                [0.0, 0.25, 0.5, 0.75, 0.95], "training steps of one concept", "normalised score")  # fmt: skip
     drawn = 0

@@ -53,7 +53,8 @@ def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: 
     plain = [name for name in lines if name != "base" and "table" not in found.plan.methods[name]]
     figures.heat_maps(found, ("share", "sequential_lora", "paper"), results / "matrices.png")
     figures.quality_against_bytes(found, {name: lines[name] for name in plain}, results / "quality_bytes.png")
-    figures.learning_curves(found, plain, results / "curves.png")
+    trained = [name for name in plain if found.plan.methods[name]["kind"] in ("own_lora", "share", "sequential", "paper")]
+    figures.learning_curves(found, trained, results / "curves.png")
     figures.over_the_stream(found, plain, results / "stream.png")
     shown = ("own_lora", "share", "sequential_lora", "paper")
     figures.contact_sheet(found, shown, results / "pictures", results / "forgetting.png")
