@@ -57,7 +57,7 @@ def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path)
     if arguments.weights:
         measure({concept: own_lora(bench, concept, 0)[0] for concept in plan.concepts}, results / "weights.csv")
     if arguments.elsewhere:
-        found = {"digits, ViT": go_through(digits()), "captions, BERT": go_through(captions())}
+        found = {"digits, ViT": go_through(digits()), "captions, CLIP text encoder": go_through(captions())}
         (results / "elsewhere.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -70,7 +70,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report_only", action="store_true", help="measure nothing, write the report from the CSV")
     parser.add_argument("--smoke", action="store_true", help="the small plan; fails when one of its gates is broken")
     parser.add_argument("--weights", action="store_true", help="also fit bases of all widths to the own LoRAs of seed 0")
-    parser.add_argument("--elsewhere", action="store_true", help="also run the core on a ViT and a BERT")
+    parser.add_argument("--elsewhere", action="store_true", help="also run the core on a ViT and a text encoder")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/continual"), help="where states are kept")
     parser.add_argument("--results", type=Path, help="where CSV, report and pictures go")
     parser.add_argument("--threads", type=int, help="threads of torch")

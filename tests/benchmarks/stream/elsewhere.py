@@ -179,8 +179,8 @@ def digits(seed: int = 0) -> Problem:
 
 
 def captions(seed: int = 0) -> Problem:
-    """Return a stream of questions about captions on a small BERT that was pretrained to name the subject."""
-    from transformers import BertConfig, BertModel
+    """Return a stream of questions about captions on a small CLIP text encoder that was pretrained to name the subject."""
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     generator = np.random.default_rng(seed)
     scenes = [sample_scene(generator) for _ in range(1_200)]
@@ -190,8 +190,8 @@ def captions(seed: int = 0) -> Problem:
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = torch.tensor([words[word] for word in text])
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(words) + 1, max_position_embeddings=16, **SIZES)
-    model = BertModel(config, add_pooling_layer=False).eval()
+    config = CLIPTextConfig(vocab_size=len(words) + 1, max_position_embeddings=16, eos_token_id=0, **SIZES)
+    model = CLIPTextModel(config).eval()
 
     def features(inputs: Tensor) -> Tensor:
         states = model(input_ids=inputs, attention_mask=(inputs > 0).long()).last_hidden_state
