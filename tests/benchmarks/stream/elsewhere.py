@@ -190,7 +190,9 @@ def captions(seed: int = 0) -> Problem:
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = torch.tensor([words[word] for word in text])
     torch.manual_seed(seed)
-    config = CLIPTextConfig(vocab_size=len(words) + 1, max_position_embeddings=16, eos_token_id=0, **SIZES)
+    config = CLIPTextConfig(
+        vocab_size=len(words) + 1, max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0, **SIZES
+    )
     model = CLIPTextModel(config).eval()
 
     def features(inputs: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ def similarity(loras: Mapping[str, LoRA], k: int = 8) -> list[tuple[int, float, 
 
 def measure(loras: Mapping[str, LoRA], file: Path) -> None:
     """Write every fit's shares, and the overlaps over the stream, as lines of a CSV."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    part = file.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("what", "k", "concept", "value"))
         for fit in FITS:
@@ -128,6 +129,7 @@ def measure(loras: Mapping[str, LoRA], file: Path) -> None:
                 writer.writerows((fit, k, name, repr(share)) for name, share in held(loras, fit, k).items())
         for count, alpha, beta in similarity(loras):
             writer.writerows((("overlap alpha", 8, count, repr(alpha)), ("overlap beta", 8, count, repr(beta))))
+    part.replace(file)
 
 
 def section(file: Path, figure: Path) -> str:
