@@ -6,7 +6,7 @@ pipelines. A plain module only has to be given under a component's name, `Simple
     digits     class-incremental: every concept is two further digits, answered among all ten classes. The data are the
                1,797 scans of 8 x 8 of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI
                repository, CC BY 4.0), in the order and form in which scikit-learn ships them, in digits.csv.gz
-    captions   every concept is another question about a scene's caption: its colour, its place, its number, its side
+    captions   every concept is another question about a scene's caption: how many, on which side, of what size
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from share_diffusion.lora import LoRA
 from share_diffusion.models.identity import identify
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.subspace import Subspace
-from share_diffusion.world.scene import BACKGROUNDS, COLOURS, SIDES, sample_scene
+from share_diffusion.world.scene import SIDES, sample_scene
+from share_diffusion.world.scene import SIZES as SIZE_WORDS
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits.csv.gz"
 WIDTH = 32
@@ -200,10 +201,9 @@ def captions(seed: int = 0) -> Problem:
         return states.masked_fill((inputs == 0)[..., None], -9.0).amax(1)
 
     asked = {
-        "colour": [list(COLOURS).index(scene.colour) for scene in scenes],
-        "place": [list(BACKGROUNDS).index(scene.background) for scene in scenes],
-        "number": [scene.count for scene in scenes],
-        "side": [list(SIDES).index(scene.side) for scene in scenes],
+        "number": [scene.count - 1 for scene in scenes],
+        "side": [3 + SIDES.index(scene.side) for scene in scenes],
+        "size": [6 + SIZE_WORDS.index(scene.size) for scene in scenes],
     }
     subjects = sorted({scene.subject for scene in scenes})
     names, split = torch.tensor([subjects.index(scene.subject) for scene in scenes]), len(scenes) * 3 // 4
@@ -212,4 +212,4 @@ def captions(seed: int = 0) -> Problem:
         name: Task((tokens[:split], torch.tensor(labels)[:split]), (tokens[split:], torch.tensor(labels)[split:]))
         for name, labels in asked.items()
     }
-    return Problem(SimpleNamespace(text_encoder=model), lambda inputs: features(inputs) @ head, tasks)
+    return Problem(SimpleNamespace(text_encoder=model), lambda inputs: features(inputs) @ head, tasks, steps=120)
