@@ -1,0 +1,1 @@
+"""The parts of the continual benchmark: plan, workbench, methods, cells, gates, report."""

@@ -1,0 +1,107 @@
+"""What was to be reached, and what the paper claims, each beside what was measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from stream.scores import Study, present
+
+Lines = Mapping[str, Mapping[str, Any]]
+
+
+def ratio(lines: Lines, above: str, below: str, key: str) -> float | None:
+    """Return one method's value over another's."""
+    first, second = lines.get(above, {}).get(key), lines.get(below, {}).get(key)
+    return first / second if first and second else None
+
+
+def targets(study: Study, lines: Lines) -> str:
+    """Return the targets of the full run, for the default and for every other mode of Share that was run."""
+    out = []
+    for name in [name for name in lines if study.plan.methods[name]["kind"] == "share"]:
+        ours, own = lines[name], lines.get("own_lora", {})
+        gap = None
+        if ours["adherence"] is not None and own.get("adherence") is not None:
+            gap = own["adherence"] - ours["adherence"]
+        rows = [
+            ("normalised score", ours["normalised"], ">=", 1.0),
+            ("forgetting", ours["forgetting"], "<=", 0.002),
+            ("judge, relative to own LoRAs", ours["normalised_judge"], ">=", 0.98),
+            ("judge's forgetting", ours["forgetting_judge"], "<=", 0.01),
+            ("adherence below the own LoRAs'", gap, "<=", 0.02),
+            ("own LoRAs' bytes / whole file", ratio(lines, "own_lora", name, "bytes_total"), ">=", 10.0),
+            ("a LoRA's bytes / a further concept's", ratio(lines, "own_lora", name, "bytes_per_concept"), ">=", 20.0),
+            ("a LoRA's trainables / a concept's", ratio(lines, "own_lora", name, "trainable"), ">=", 10.0),
+            ("steps to 95 % / the budget", part(ours["steps_to_95"], study.plan.training.steps), "<=", 0.5),
+        ]
+        out.append("\n".join([f"### `{name}`", "", "| | measured | target | reached |", "|---|---|---|---|", *map(line, rows)]))
+    return "\n\n".join(out)
+
+
+def part(value: float | None, whole: float) -> float | None:
+    """Return a share of a whole."""
+    return None if value is None else value / whole
+
+
+def line(row: tuple[str, float | None, str, float]) -> str:
+    """Return one target as a line of a table."""
+    name, found, sign, limit = row
+    if found is None:
+        return f"| {name} | not measured | {sign} {limit:g} | no |"
+    holds = found >= limit if sign == ">=" else found <= limit
+    return f"| {name} | {found:.4g} | {sign} {limit:g} | {'yes' if holds else '**no**'} |"
+
+
+def claims(study: Study, lines: Lines) -> str:
+    """Return the paper's claims with a yes or no and the figure, for its own recipe and for Share here."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name in ("paper", "share"):
+        if name not in lines or "own_lora" not in lines:
+            continue
+        ours = lines[name]
+        fewer = ratio(lines, "own_lora", name, "trainable")
+        if fewer:
+            rows.append(("fewer trainable parameters than a LoRA", name, yes(fewer > 1), f"{fewer:.1f} times"))
+        alone = ratio(lines, "own_lora", name, "bytes_per_concept")
+        if alone:
+            rows.append(("less memory, basis not counted", name, yes(alone > 1), f"{alone:.1f} times"))
+        counted = ratio(lines, "own_lora", name, "bytes_total")
+        if counted:
+            rows.append(
+                (f"less memory, basis counted ({study.horizon} concepts)", name, yes(counted > 1), f"{counted:.2f} times")
+            )
+        if (lost := ours["forgetting"]) is not None:
+            rows.append(("almost no forgetting (below .01)", name, yes(lost < 0.01), f"{lost:.4f}"))
+        if (score := ours["normalised"]) is not None:
+            rows.append(("performance of separate LoRAs (above .98)", name, yes(score > 0.98), f"{score:.3f}"))
+        if (correlation := reconstruction(study, name)) is not None:
+            claim = "less reconstruction error, better performance (Figure 4)"
+            rows.append((claim, name, yes(correlation > 0.3), f"r = {correlation:.2f}"))
+    body = [f"| {claim} | `{name}` | {verdict} | {figure} |" for claim, name, verdict, figure in rows]
+    return "\n".join(["| claim | method | holds | figure |", "|---|---|---|---|", *body]) if body else ""
+
+
+def yes(holds: bool) -> str:
+    """Return yes or no."""
+    return "yes" if holds else "no"
+
+
+def reconstruction(study: Study, name: str) -> float | None:
+    """Return the correlation over cells of kept norm and kept score, both relative to when the concept was learned."""
+    points = []
+    for matrix in study.matrices.get(name, {}).values():
+        for place, concept in enumerate(matrix.names):
+            first = matrix.rows.get((place + 1, concept))
+            for after in range(place + 2, len(matrix.names) + 1):
+                later = matrix.rows.get((after, concept))
+                if first and later and first["norm"] and len(present([study.rho(first), study.rho(later)])) == 2:
+                    points.append((later["norm"] / first["norm"], study.rho(later) - study.rho(first)))  # type: ignore[operator]
+    if len(points) < 5:
+        return None
+    across, up = [point[0] for point in points], [point[1] for point in points]
+    spread = [sum((value - mean(values)) ** 2 for value in values) ** 0.5 for values in (across, up)]
+    if min(spread) < 1e-9:
+        return None
+    return sum((a - mean(across)) * (b - mean(up)) for a, b in points) / (spread[0] * spread[1])

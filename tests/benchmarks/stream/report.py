@@ -1,0 +1,242 @@
+"""The report: everything that the cells say, as Markdown, a summary in JSON and figures, made again by one command."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from stream import figures
+from stream.cells import Row, Table
+from stream.claims import claims, targets
+from stream.gates import Gate, gates
+from stream.plan import Plan
+from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, present, study
+from stream.transfer import transfer
+from stream.weights import section
+
+KEYS = (
+    *("normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"),
+    *("bytes_per_concept", "bytes_total", "trainable", "steps_to_95"),
+)
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+
+
+def write_report(plan: Plan, table: Table, results: Path) -> dict[str, Any]:
+    """Write report.md, summary.json and the figures of a plan's cells; returns the summary."""
+    found, results = study(plan, table), Path(results)
+    results.mkdir(parents=True, exist_ok=True)
+    checked = gates(found)
+    finished = [name for name in plan.methods if found.complete(name)]
+    lines = {name: facts(found, name) for name in finished}
+    pairs = [set(found.complete(name)) for name in found.headline]
+    shared = set.intersection(*pairs[1:]) if len(pairs) > 1 else set()
+    summary = {
+        "valid": bool(found.horizon) and all(gate.holds for gate in checked),
+        "concepts": found.horizon,
+        "orders": len({order for order, _ in shared}),
+        "seeds": len({seed for _, seed in shared}),
+        "methods": lines,
+    }
+    (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    draw_figures(found, lines, results)
+    (results / "report.md").write_text(text_of(found, summary, checked, results), encoding="utf-8")
+    return summary
+
+
+def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: Path) -> None:
+    """Draw every figure of the report."""
+    plain = [name for name in lines if name != "base" and "table" not in found.plan.methods[name]]
+    figures.heat_maps(found, ("share", "sequential_lora", "paper"), results / "matrices.png")
+    figures.quality_against_bytes(found, {name: lines[name] for name in plain}, results / "quality_bytes.png")
+    trained = [name for name in plain if found.plan.methods[name]["kind"] in ("own_lora", "share", "sequential", "paper")]
+    figures.learning_curves(found, trained, results / "curves.png")
+    figures.over_the_stream(found, plain, results / "stream.png")
+    shown = ("own_lora", "share", "sequential_lora", "paper")
+    figures.contact_sheet(found, shown, results / "pictures", results / "forgetting.png")
+
+
+def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], results: Path) -> str:
+    """Return the whole report."""
+    parts = [
+        "# The continual benchmark",
+        introduction(found, summary),
+        "## Gates",
+        gate_table(checked),
+        "## Methods",
+        method_table(found, summary["methods"]),
+        figure("quality_bytes.png", "score against bytes", results),
+        figure("stream.png", "score over the stream", results),
+        "## Every concept after every other",
+        figure("matrices.png", "R: rows after each concept, columns concepts", results),
+        figure("forgetting.png", "the same seeds when learned and at the end", results),
+        "## Learning speed and transfer",
+        figure("curves.png", "score over steps", results),
+        transfer(found),
+        "## What was to be reached",
+        targets(found, summary["methods"]),
+        "## The paper's claims, measured here",
+        claims(found, summary["methods"]),
+        ablations(found, summary["methods"]),
+        section(results / "weights.csv", results / "retention.png"),
+        elsewhere(results),
+        notes(results),
+        "## Progress and cost",
+        progress(found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def introduction(found: Study, summary: Mapping[str, Any]) -> str:
+    """Return what was run, at which commit, with which versions."""
+    commits = sorted({row["commit"] for row in found.rows if row["commit"]})
+    training, measures = found.plan.training, found.plan.measures
+    verdict = "valid" if summary["valid"] else "**not valid: a gate is broken or was not measured**"
+    return (
+        f"Written by `python tests/benchmarks/continual.py --report_only` from `cells.csv` ({len(found.rows)} cells). "
+        f"Base `{found.plan.base}`; compared after **{summary['concepts']} of {len(found.plan.concepts)} concepts**, "
+        f"{summary['orders']} order(s), {summary['seeds']} seed(s); this run is {verdict}.\n\n"
+        f"Order 0: {', '.join(found.plan.concepts)}. Every concept has {training.steps} steps of batch {training.batch} for "
+        f"every method, the same pictures, noise and prompts. Loss is measured at fixed noise on {measures.held_out} "
+        f"pictures in combinations that nothing was trained on; the judge sees {measures.pictures} pictures of a "
+        f"concept at other unseen prompts, {measures.sampling_steps} steps each. A score of 1 is the concept's own "
+        f"LoRA, 0 the untouched base.\n\nMeasured at {', '.join(commits) or 'no commit'} with {versions()}."
+    )
+
+
+def versions() -> str:
+    """Return the versions of what everything rests on."""
+    known = []
+    for package in PACKAGES:
+        try:
+            known.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"Python {platform.python_version()}, {', '.join(known)}"
+
+
+def gate_table(checked: Sequence[Gate]) -> str:
+    """Return the gates as a table."""
+    lines = ["| gate | found | asked | holds |", "|---|---|---|---|"]
+    for gate in checked:
+        shown = "not measured" if gate.found is None else f"{gate.found:.4g}"
+        lines.append(f"| {gate.name} | {shown} | {gate.asked} | {'yes' if gate.holds else '**no**'} |")
+    return "\n".join(lines)
+
+
+def method_table(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return every finished method's line, with deviations over orders and seeds where there are several."""
+    out = [
+        "| method | streams | score | forgetting | judge | judge forgets | adherence | bytes a further concept | bytes in all "
+        "| trainables | steps to 95 % | what it is |",
+        "|---|" + "---|" * 11,
+    ]
+    for name, line in lines.items():
+        if "table" in found.plan.methods[name]:
+            continue
+        matrices = list(found.complete(name).values())
+        spread = deviation(present(final(one, found.horizon, found.rho) for one in matrices))
+        score = shown(line["normalised"], 3) + (f" ± {spread:.3f}" if spread is not None else "")
+        about = found.plan.methods[name].get("about", "")
+        out.append(
+            f"| `{name}` | {len(matrices)} | {score} | {shown(line['forgetting'], 4)} | {shown(line['normalised_judge'], 3)} "
+            f"| {shown(line['forgetting_judge'], 3)} | {shown(line['adherence'], 3)} | {count(line['bytes_per_concept'])} "
+            f"| {count(line['bytes_total'])} | {count(line['trainable'])} | {count(line['steps_to_95'])} | {about} |"
+        )
+    note = (
+        "Score: share of the own LoRA's gain in held-out loss, mean over all concepts after the last one. Judge: the share of "
+        "pictures that show the concept, relative to the own LoRAs' share. Bytes count basis, coefficients and names in "
+        "half precision; a derived basis is drawn from a seed or from the base and stored nowhere. Steps to 95 %: the median "
+        "over concepts after the first, at the watched steps of a decaying learning rate; empty where most never get there."
+    )
+    return "\n".join(out) + "\n\n" + note
+
+
+def shown(value: float | None, digits: int) -> str:
+    """Return a number for a table, empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """Return a whole number for a table, empty for None."""
+    return "" if value is None else f"{value:,}"
+
+
+def figure(name: str, about: str, results: Path) -> str:
+    """Return a figure's line where it was drawn."""
+    return f"![{about}]({name})" if (results / name).exists() else ""
+
+
+def ablations(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one table for each `table` that the plan's methods name."""
+    tables = sorted({method["table"] for method in found.plan.methods.values() if "table" in method})
+    out = []
+    for title in tables:
+        rows = [ablation_row(found, name) for name, method in found.plan.methods.items() if method.get("table") == title]
+        known = [row for row in rows if row]
+        if known:
+            head = "| variant | concepts | score | forgetting | numbers in all | a further concept |"
+            out.append("\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|", *known]))
+    return "## Ablations\n\n" + "\n\n".join(out) if out else ""
+
+
+def ablation_row(found: Study, name: str) -> str:
+    """Return a variant's line: it may be a shorter stream than the headline's."""
+    matrices = [one for one in found.matrices.get(name, {}).values() if one.reached]
+    if not matrices:
+        return ""
+    last = min(one.reached for one in matrices)
+    scores = present(final(one, last, found.rho) for one in matrices)
+    lost = present(forgetting(one, last, found.rho) for one in matrices)
+    end: Row = matrices[0].rows[last, matrices[0].names[last - 1]]
+    if not scores:
+        return ""
+    return (
+        f"| {found.plan.methods[name].get('about', name)} | {last} | {mean(scores):.3f} "
+        f"| {shown(mean(lost) if lost else None, 4)} | {count(end['numbers'])} | {count(end['concept_numbers'])} |"
+    )
+
+
+def elsewhere(results: Path) -> str:
+    """Return what the same core does on models that draw nothing, where it was run."""
+    file = results / "elsewhere.json"
+    if not file.exists():
+        return ""
+    kinds = ("base", "own_lora", "share_when_learned", "share", "sequential_lora")
+    out = ["## The same core elsewhere", "", "Mean accuracy over the tasks of a stream (`--elsewhere`):", ""]
+    out += [f"| stream | {' | '.join(kinds)} | numbers of a LoRA | of a concept |", "|---|" + "---|" * (len(kinds) + 2)]
+    for name, found in json.loads(file.read_text(encoding="utf-8")).items():
+        cells = [f"{mean(found[kind].values()):.3f}" for kind in kinds]
+        out.append(f"| {name} | {' | '.join(cells)} | {found['lora_numbers']:,} | {found['concept_numbers']:,.0f} |")
+    return "\n".join(out)
+
+
+def notes(results: Path) -> str:
+    """Return what people wrote down beside the figures: what did not work, and why."""
+    file = results / "notes.md"
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
+def progress(found: Study) -> str:
+    """Return which cells are finished and what the rest would cost at the seconds measured so far."""
+    out = ["| method | streams asked for | finished | seconds a concept | hours left |", "|---|---|---|---|---|"]
+    total = 0.0
+    for name in found.plan.methods:
+        asked, length = found.plan.runs(name), found.plan.length(name)
+        reached = [found.matrices.get(name, {}).get(pair) for pair in asked]
+        left = sum(length - (one.reached if one else 0) for one in reached)
+        seconds = [row["seconds"] for row in found.rows if row["method"] == name and row["seconds"] != ""]
+        each = mean(seconds) if seconds else None
+        hours = left * each / 3600 if each else 0.0
+        total += hours
+        done = sum(1 for one in reached if one and one.reached == length)
+        out.append(f"| `{name}` | {len(asked)} | {done} | {'' if each is None else f'{each:.0f}'} | {hours:.1f} |")
+    out.append(f"\nTraining left: {total:.1f} hours at the measured pace (drawing and losses come on top).")
+    return "\n".join(out)
+
+
+__all__: Sequence[str] = ("HEADLINE", "write_report")

@@ -1,0 +1,181 @@
+"""Weight space: how much of the concepts' updates a basis of k columns holds, however its columns were chosen.
+
+Everything is closed form on the own LoRAs of one seed. Fits, for one layer with updates dW_i = U_i S_i V_i^T:
+
+    joint      left vectors of all U_i S_i side by side, each over its concept's norm (what the library fits)
+    hooi       the same after three sweeps of higher-order orthogonal iteration, the bound that is stated as joint SVD
+    unequal    the same without the norms
+    raw        left vectors of the stacked factors as they come
+    centred    of the stacked factors less their mean
+    random     an orthonormal basis drawn from a seed: the null
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from share_diffusion.basis import random_basis, thin_svd
+from share_diffusion.lora import LoRA
+from stream.figures import COLOURS, INK, Axes, font
+
+WIDTHS = (4, 8, 16, 24, 32)
+Layer = Sequence[tuple[Tensor, Tensor]]  # (up (out, r), down (r, in)) of every concept
+Sides = tuple[Tensor, Tensor]  # beta (out, m), alpha (in, m), strongest columns first
+
+
+def left_vectors(stack: Tensor) -> Tensor:
+    """Return left singular vectors, strongest first."""
+    return torch.linalg.svd(stack, full_matrices=False)[0]
+
+
+def joint(layer: Layer, norms: Sequence[float], k: int) -> Sides:
+    """Fit on dW, every concept weighing the same."""
+    parts = [thin_svd(up, down) for up, down in layer]
+    beta = torch.cat([left * values / norm for (left, values, _), norm in zip(parts, norms, strict=True)], 1)
+    alpha = torch.cat([right * values / norm for (_, values, right), norm in zip(parts, norms, strict=True)], 1)
+    return left_vectors(beta), left_vectors(alpha)
+
+
+def unequal(layer: Layer, norms: Sequence[float], k: int) -> Sides:
+    """Fit on dW, loud concepts weighing more."""
+    return joint(layer, [1.0] * len(norms), k)
+
+
+def hooi(layer: Layer, norms: Sequence[float], k: int) -> Sides:
+    """Fit on dW, then improve each side for the other in turn."""
+    beta, alpha = (side[:, :k] for side in joint(layer, norms, k))
+    updates = [(up.double() / norm, down.double()) for (up, down), norm in zip(layer, norms, strict=True)]
+    for _ in range(3):
+        beta = left_vectors(torch.cat([up @ (down @ alpha) for up, down in updates], 1))[:, :k]
+        alpha = left_vectors(torch.cat([down.mT @ (up.mT @ beta) for up, down in updates], 1))[:, :k]
+    return beta, alpha
+
+
+def raw(layer: Layer, norms: Sequence[float], k: int, centred: bool = False) -> Sides:
+    """Fit on the stacked factors, as the paper writes it."""
+    stacks = torch.cat([up for up, _ in layer], 1).double(), torch.cat([down.mT for _, down in layer], 1).double()
+    if centred:
+        stacks = tuple(stack - stack.mean(1, keepdim=True) for stack in stacks)  # type: ignore[assignment]
+    return left_vectors(stacks[0]), left_vectors(stacks[1])
+
+
+def centred(layer: Layer, norms: Sequence[float], k: int) -> Sides:
+    """Fit on the stacked factors less their mean, as the paper's code does."""
+    return raw(layer, norms, k, centred=True)
+
+
+def random(layer: Layer, norms: Sequence[float], k: int) -> Sides:
+    """Draw a basis from a seed."""
+    (up, down), most = layer[0], max(WIDTHS)
+    return random_basis(up.shape[0], min(most, up.shape[0]), 1), random_basis(down.shape[1], min(most, down.shape[1]), 2)
+
+
+FITS: dict[str, Callable[[Layer, Sequence[float], int], Sides]] = {
+    "joint": joint,
+    "hooi": hooi,
+    "unequal": unequal,
+    "raw": raw,
+    "centred": centred,
+    "random": random,
+}
+
+
+def held(loras: Mapping[str, LoRA], fit: str, k: int) -> dict[str, float]:
+    """Return the share of every concept's energy that bases of k columns hold."""
+    norms = [lora.norm for lora in loras.values()]
+    kept = dict.fromkeys(loras, 0.0)
+    for path in next(iter(loras.values())).layers:
+        layer = [(lora.layers[path].up, lora.layers[path].down) for lora in loras.values()]
+        beta, alpha = (side[:, :k] for side in FITS[fit](layer, norms, k))
+        for name, (up, down) in zip(loras, layer, strict=True):
+            kept[name] += float(((beta.mT @ up.double()) @ (down.double() @ alpha)).square().sum())
+    return {name: kept[name] / norm**2 for name, norm in zip(loras, norms, strict=True)}
+
+
+def similarity(loras: Mapping[str, LoRA], k: int = 8) -> list[tuple[int, float, float]]:
+    """Return, after each concept, the overlap of the fitted bases with those of all: (concepts, input side, output side).
+
+    Overlap is ||B_i^T B_T||^2 / k, the linear CKA of two orthonormal bases: 1 is the same span, k / side is chance.
+    """
+    names, found = list(loras), []
+    paths = list(next(iter(loras.values())).layers)
+    for count in range(1, len(names) + 1):
+        shares: list[tuple[float, float]] = []
+        for path in paths:
+            sides = []
+            for some in (names[:count], names):
+                layer = [(loras[name].layers[path].up, loras[name].layers[path].down) for name in some]
+                sides.append(joint(layer, [loras[name].norm for name in some], k))
+            overlap = [float((now[:, :k].mT @ end[:, :k]).square().sum()) / k for now, end in zip(*sides, strict=True)]
+            shares.append((overlap[1], overlap[0]))
+        found.append((count, mean(share[0] for share in shares), mean(share[1] for share in shares)))
+    return found
+
+
+def measure(loras: Mapping[str, LoRA], file: Path) -> None:
+    """Write every fit's shares, and the overlaps over the stream, as lines of a CSV."""
+    part = file.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("what", "k", "concept", "value"))
+        for fit in FITS:
+            for k in WIDTHS:
+                writer.writerows((fit, k, name, repr(share)) for name, share in held(loras, fit, k).items())
+        for count, alpha, beta in similarity(loras):
+            writer.writerows((("overlap alpha", 8, count, repr(alpha)), ("overlap beta", 8, count, repr(beta))))
+    part.replace(file)
+
+
+def section(file: Path, figure: Path) -> str:
+    """Return the report's section and draw its figure, from the CSV alone."""
+    if not file.exists():
+        return ""
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    shares = {
+        (fit, k): [float(row["value"]) for row in rows if (row["what"], int(row["k"])) == (fit, k)]
+        for fit in FITS
+        for k in WIDTHS
+    }
+    draw(shares, figure)
+    lines = ["| fit | " + " | ".join(f"k = {k}" for k in WIDTHS) + " |", "|---|" + "---|" * len(WIDTHS)]
+    for fit in FITS:
+        cells = [f"{1 - mean(shares[fit, k]):.3f} / {1 - min(shares[fit, k]):.3f}" for k in WIDTHS]
+        lines.append(f"| {fit} | " + " | ".join(cells) + " |")
+    overlaps = [row for row in rows if row["what"].startswith("overlap")]
+    stream_lines = ["| concepts so far | input side | output side |", "|---|---|---|"]
+    for count in sorted({int(row["concept"]) for row in overlaps}):
+        pair = {row["what"]: float(row["value"]) for row in overlaps if int(row["concept"]) == count}
+        stream_lines.append(f"| {count} | {pair['overlap alpha']:.3f} | {pair['overlap beta']:.3f} |")
+    return "\n".join(
+        [
+            "## Weight space",
+            "",
+            "Lost energy of the own LoRAs in bases of k columns a side (mean / worst concept):",
+            "",
+            *lines,
+            "",
+            f"![energy held against k]({figure.name})",
+            "",
+            "Overlap of the bases (k = 8) after so many concepts with those of all (the paper's Figures 1 and 5):",
+            "",
+            *stream_lines,
+        ]
+    )
+
+
+def draw(shares: Mapping[tuple[str, int], list[float]], path: Path) -> None:
+    """Draw the mean share held over k."""
+    axes = Axes((700, 400), (0, max(WIDTHS) + 1), (0.0, 1.05))
+    axes.ticks({k: str(k) for k in WIDTHS}, [0.0, 0.25, 0.5, 0.75, 1.0], "columns k a side", "share of energy held, mean")
+    for index, fit in enumerate(FITS):
+        axes.line([(k, mean(shares[fit, k])) for k in WIDTHS], COLOURS[index])
+        axes.draw.text((560, 220 + 16 * index), fit, fill=COLOURS[index], font=font(12))
+    axes.draw.text((80, 22), "own LoRAs of one seed", fill=INK, font=font(11))
+    axes.image.save(path)

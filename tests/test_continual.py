@@ -1,0 +1,230 @@
+"""Facts about the continual benchmark: its scores in closed form, its table, its baselines, and a small stream end to end."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from stream.cells import Table, curve_of  # noqa: E402
+from stream.gates import gates  # noqa: E402
+from stream.plan import Plan, read_plan  # noqa: E402
+from stream.report import write_report  # noqa: E402
+from stream.scores import facts, final, forgetting, interval, learned, steps_to, study  # noqa: E402
+from stream.separate import average, core, dare, knots, rounded, ties  # noqa: E402
+from stream.shared import PaperStream  # noqa: E402
+
+from share_diffusion.lora import Factors, LoRA  # noqa: E402
+
+PLANS = sorted(BENCHMARKS.glob("continual*.toml"))
+
+
+def made_up(folder: Path) -> tuple[Plan, Table]:
+    """A plan of three concepts whose cells are written by hand: sequential training halves every earlier score."""
+    names = ("one", "two", "three")
+    methods = {"own_lora": {"kind": "own_lora"}, "sequential_lora": {"kind": "sequential"}, "share": {"kind": "share"}}
+    plan = Plan("made-up", names, {**methods, "paper": {"kind": "paper"}, "base": {"kind": "base"}})
+    table = Table(folder / "cells.csv")
+    for method in plan.methods:
+        for after in (1, 2, 3):
+            for place, concept in enumerate(names[:after]):
+                gone = 0.5 ** (after - 1 - place) if method == "sequential_lora" else 0.0 if method == "base" else 1.0
+                new = place == after - 1
+                table.add(
+                    {
+                        "settings": plan.digest(method),
+                        "method": method,
+                        "order": 0,
+                        "seed": 0,
+                        "after": after,
+                        "concept": concept,
+                        "weight": 1.0,
+                        "base_loss": 0.5,
+                        "loss": 0.5 - 0.2 * gone,
+                        "judge": gone,
+                        "adherence": 0.75,
+                        "broken": 0,
+                        "norm": 1.0,
+                        "learned": names[after - 1],
+                        "commit": "abc",
+                        "curve": "0:0.5 10:0.35 60:0.3" if new else "",
+                        "numbers": 100 * after if new else "",
+                        "concept_numbers": 100 if new else "",
+                        "file_bytes": 200 * after + 8 if new else "",
+                        "trainable": 100 if new else "",
+                        "seconds": 1.0 if new else "",
+                    }
+                )
+    return plan, table
+
+
+def test_scores_of_a_known_matrix(tmp_path):
+    plan, table = made_up(tmp_path)
+    found = study(plan, table)
+    assert found.horizon == 3
+    matrix = found.matrices["sequential_lora"][0, 0]
+    assert final(matrix, 3, found.rho) == pytest.approx((0.25 + 0.5 + 1) / 3)
+    assert learned(matrix, 3, found.rho) == pytest.approx(1.0)
+    assert forgetting(matrix, 3, found.rho) == pytest.approx((0.75 + 0.5) / 2)
+    line = facts(found, "sequential_lora")
+    assert line["normalised"] == pytest.approx(1.75 / 3, abs=1e-4)
+    assert line["normalised_judge"] == pytest.approx(1.75 / 3, abs=1e-4)
+    assert (line["bytes_per_concept"], line["bytes_total"], line["trainable"], line["steps_to_95"]) == (200, 608, 100, 60)
+    assert facts(found, "share")["forgetting"] == 0.0
+
+
+def test_steps_to_a_share_of_the_own_loras_gain():
+    own = {"curve": "0:1.0 10:0.9 60:0.5"}
+    assert steps_to({"curve": "0:1.0 10:0.52 60:0.4"}, own) == 10
+    assert steps_to({"curve": "0:1.0 10:0.9 60:0.5"}, own) == 60
+    assert math.isinf(steps_to({"curve": "0:1.0 10:0.9 60:0.6"}, own))
+
+
+def test_an_unmeasured_or_broken_gate_makes_a_run_invalid(tmp_path):
+    plan, table = made_up(tmp_path)
+    assert not write_report(plan, table, tmp_path / "r")["valid"]  # the base's bits at weight 0 were not measured
+    key = {"settings": plan.digest("share"), "method": "share", "order": 0, "seed": 0, "after": 3, "concept": "one"}
+    table.add({**key, "weight": 0.0, "loss": 0.5, "base_loss": 0.5})
+    assert write_report(plan, table, tmp_path / "r")["valid"]
+    table.add({**key, "concept": "two", "weight": 0.0, "loss": 0.5 + 1e-7, "base_loss": 0.5})
+    assert [gate.name for gate in gates(study(plan, table)) if not gate.holds] == ["change of the base's loss at weight 0"]
+
+
+def test_the_summary_has_the_promised_keys_and_everything_is_made_again_from_the_csv(tmp_path):
+    plan, table = made_up(tmp_path)
+    first = write_report(plan, table, tmp_path / "a")
+    second = write_report(plan, Table(tmp_path / "cells.csv"), tmp_path / "b")
+    assert first == second == json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert set(first) == {"valid", "concepts", "orders", "seeds", "methods"}
+    keys = {"normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"}
+    assert set(first["methods"]["share"]) == keys | {"bytes_per_concept", "bytes_total", "trainable", "steps_to_95"}
+    for name in ("report.md", "matrices.png", "quality_bytes.png", "curves.png", "stream.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_cells_come_back_as_they_were_and_none_is_written_twice(tmp_path):
+    _, table = made_up(tmp_path)
+    again = Table(tmp_path / "cells.csv")
+    assert again.rows == table.rows
+    assert curve_of(next(iter(again.rows.values()))) == {0: 0.5, 10: 0.35, 60: 0.3}
+    with pytest.raises(AssertionError):
+        again.add(next(iter(table.rows.values())))
+    with (tmp_path / "cells.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(table.rows)
+
+
+def test_a_changed_plan_leaves_cells_of_the_old_one_out(tmp_path):
+    plan, table = made_up(tmp_path)
+    changed = Plan(plan.name, plan.concepts, {**plan.methods, "share": {"kind": "share", "pseudo_rank": 2}})
+    assert "share" not in study(changed, table).matrices
+    assert "own_lora" in study(changed, table).matrices
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_plans_can_be_read_and_every_order_is_a_permutation(path):
+    plan = read_plan(path)
+    assert {"own_lora", "share", "sequential_lora", "paper"} <= set(plan.methods)
+    for order in range(3):
+        assert sorted(plan.order(order)) == sorted(plan.concepts)
+    assert plan.order(0) == plan.concepts
+
+
+def test_an_unknown_key_of_a_plan_is_refused(tmp_path):
+    (tmp_path / "plan.toml").write_text('name = "x"\nconcepts = []\nstep = 3\n[methods]\n[training]\nrates = 1\n')
+    with pytest.raises(ValueError, match=r"step.*training\.rates"):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_an_interval_holds_the_mean_and_grows_with_the_spread():
+    low, high = interval([0.1, 0.2, 0.3, 0.4])
+    assert low < 0.25 < high
+    wide = interval([-1.0, 0.0, 0.5, 1.5])
+    assert wide[1] - wide[0] > high - low
+
+
+def updates(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def test_ties_keeps_agreeing_large_entries_only():
+    one, other = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.float64)
+    one[0, 0], other[0, 0] = 4.0, 2.0  # both agree: their mean
+    one[0, 1], other[0, 1] = 3.0, -1.0  # the sum elects plus: only the first counts
+    one[0, 2] = 2.0
+    one[0, 3], other[0, 3] = 1.0, 1.0
+    merged = ties(torch.stack([one, other]), 0)
+    assert merged[0].tolist() == [3.0, 3.0, 2.0, 1.0, 0.0]
+    assert not merged[1:].any()
+
+
+def test_merges_of_one_update_are_ties_of_it_in_some_frame():
+    matrix = updates(1, 6, 5)
+    assert torch.allclose(average(matrix, 0), matrix[0])
+    full = torch.linalg.matrix_norm(matrix[0])
+    for way in (knots, core):
+        assert torch.linalg.matrix_norm(way(matrix, 0)) <= full + 1e-9
+        assert way(matrix, 0).shape == (6, 5)
+
+
+def test_dare_keeps_the_mean_in_expectation():
+    matrix = updates(3, 4, 4)
+    mean = torch.stack([dare(matrix, seed) for seed in range(1000)]).mean(0)
+    assert torch.allclose(mean, matrix.mean(0), atol=0.15)
+
+
+def test_knots_is_exact_where_nothing_is_trimmed(monkeypatch):
+    monkeypatch.setattr("stream.separate.DENSITY", 1.0)
+    matrix = updates(1, 6, 5)
+    for way in (ties, knots, core):
+        assert torch.allclose(way(matrix, 0), matrix[0])
+
+
+def test_rounding_to_eight_bits_is_off_by_half_a_step_at_most():
+    matrix = updates(30, 4)
+    step = matrix.abs().amax(0) / 127
+    assert bool(((rounded(matrix, 0, 8) - matrix).abs() <= step / 2 + 1e-12).all())
+
+
+def papers(centred: bool, rank: int) -> tuple[PaperStream, dict[str, LoRA]]:
+    """The paper's merge of three LoRAs of rank 2 on one layer of 12 x 10, without a model."""
+    stream = PaperStream.__new__(PaperStream)
+    stream.rank, stream.centred, stream.bases, stream.concepts = rank, centred, {}, {}
+    loras = {
+        name: LoRA({"unet.a": Factors(updates(3, 12, 2)[index].float(), updates(3, 2, 10)[index].float())})
+        for index, name in enumerate("abc")
+    }
+    for name, lora in loras.items():
+        stream.merge(name, lora)
+    return stream, loras
+
+
+def test_the_papers_merge_is_exact_with_room_and_lossy_when_centred_or_cut():
+    def error(centred: bool, rank: int) -> float:
+        stream, loras = papers(centred, rank)
+        pairs = [(stream.update(name).layers["unet.a"].dense(), lora.layers["unet.a"].dense()) for name, lora in loras.items()]
+        return max(float((kept - true).norm() / true.norm()) for kept, true in pairs)
+
+    assert error(centred=False, rank=6) < 1e-5
+    assert error(centred=True, rank=5) > 0.05  # six directions, of which centring leaves five
+    assert error(centred=False, rank=3) > 0.05
+
+
+@pytest.mark.slow
+def test_the_smoke_run_passes_its_gates_and_is_not_run_twice(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "continual.py"), "--smoke", "--work", str(tmp_path), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    report = (tmp_path / "smoke" / "report.md").read_text()
+    assert done.returncode == 0, report + done.stderr[-2000:]
+    before = (tmp_path / "smoke" / "cells.csv").read_bytes()
+    again = subprocess.run([*command, "--report_only"], capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0
+    assert (tmp_path / "smoke" / "cells.csv").read_bytes() == before
+    assert (tmp_path / "smoke" / "report.md").read_text() == report
+    assert (tmp_path / "smoke" / "forgetting.png").exists()

@@ -1,0 +1,24 @@
+"""The method on models that draw nothing: the same attach, learn and merge on a ViT and on a text encoder."""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from stream.elsewhere import captions, digits, go_through
+
+
+@pytest.mark.parametrize("make", [digits, captions])
+def test_share_keeps_a_stream_of_tasks_that_a_sequential_lora_forgets(make):
+    found = go_through(make())
+    own, share, single = (mean(found[kind].values()) for kind in ("own_lora", "share", "sequential_lora"))
+    assert own >= 0.9
+    assert share >= own - 0.05
+    assert single <= share - 0.3
+    assert found["share"] == found["share_when_learned"]  # not one answer changes while later tasks are learned
+    assert found["base_untouched"]
+    assert found["retention"] >= 0.999 - 1e-6
+    assert found["concept_numbers"] <= found["lora_numbers"] / 2
