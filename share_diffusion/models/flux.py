@@ -20,10 +20,10 @@ from share_diffusion.models.noise import FLOW
 
 def owns(pipeline: Any) -> bool:
     """Tell whether a pipeline is of this family; those that also take pictures (Fill, Depth, Redux) are not."""
-    transformer: Any = getattr(pipeline, "transformer", None)
-    if type(getattr(transformer, "_orig_mod", transformer)).__name__ != "FluxTransformer2DModel":
+    transformer, vae = getattr(pipeline, "transformer", None), getattr(pipeline, "vae", None)
+    if vae is None or type(getattr(transformer, "_orig_mod", transformer)).__name__ != "FluxTransformer2DModel":
         return False
-    return transformer.config.in_channels == 4 * pipeline.vae.config.latent_channels
+    return transformer.config.in_channels == 4 * vae.config.latent_channels
 
 
 def takes_guidance(pipeline: Any) -> bool:

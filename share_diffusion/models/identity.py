@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from share_diffusion.models.layers import layers, select, shape_of
+from share_diffusion.models.layers import layers, shape_of
 from share_diffusion.subspace import BaseIdentity
 
 PROBES = 32
@@ -25,7 +25,7 @@ def identify(pipeline: Any, name: str = "") -> BaseIdentity:
     everything = layers(pipeline)
     lines = [f"{path} {shape_of(module)}" for path, module in sorted(everything.items())]
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-    chosen = [module for _, module in sorted(select(pipeline, "all-linear").items())]
+    chosen = [module for _, module in sorted(everything.items()) if isinstance(getattr(module, "base", module), nn.Linear)]
     picked = [weight_of(chosen[index * len(chosen) // PROBES]) for index in range(PROBES)]
     if not all(is_readable(weight) for weight in picked):
         return BaseIdentity(name, architecture)
