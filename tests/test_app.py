@@ -425,7 +425,7 @@ def test_what_the_browser_kept_is_checked(tmp_path):
     class Engine:
         limits = LIMITS
 
-    values, rows = form_from({"prompt": "a", "steps": 10**9, "blend": "((", "seed": "x", "strange": 1}, Engine())
+    values, rows = form_from({"prompt": "a", "steps": 10**9, "blend": "robot:1[steps=", "seed": "x", "strange": 1}, Engine())
     assert values == {"prompt": "a", "blend": ""}
     assert rows == []
     assert form_from("<script>", Engine()) == ({}, [])
