@@ -98,7 +98,7 @@ def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Stud
 
 
 def appearance() -> dict[str, Any]:
-    """Return the theme, style and script that `launch` takes; this theme alone has the contrast of WCAG AA, and asks no server."""
+    """Return the theme, style and script that `launch` takes; this theme alone has WCAG AA's contrast and asks no server."""
     theme = gr.themes.Monochrome(
         font=["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
