@@ -74,7 +74,11 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
 
     @spoken
     def draw(request: gr.Request, fresh: bool, *form: Any) -> Iterator[Any]:
-        wish = wish_of(engine, form)
+        try:
+            wish = wish_of(engine, form)
+        except ValueError as error:
+            yield idle(plain(str(error)))
+            raise
         if fresh:
             wish = wish.changed(seed=random.randrange(2**32))
         stop, started = sessions.begin(request), time.perf_counter()

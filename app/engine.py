@@ -242,7 +242,9 @@ class Engine:
         self.refresh()
         if self.subspace is None:
             raise ValueError("no subspace file is open, so there is nothing to export; learn a concept first")
-        return write_blend(self.subspace, blend, name, kind, self.folder / "exports")
+        # The embedded base goes along where a format holds the base: no other program has it, and drawing changes it here.
+        bare = load_base("tiny") if self.base == "tiny" and FORMATS.get(kind) == "comfyui" else None
+        return write_blend(self.subspace, blend, name, kind, self.folder / "exports", bare)
 
     def learn(self, pictures: Sequence[str], name: str, kind: str, trigger: str, steps: Any) -> Job:
         """Start learning a concept in its own process and return the job; one at a time."""

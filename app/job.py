@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.export import safe_name
 from share_diffusion.concept import KINDS, check_name
+from share_diffusion.export.filename import safe_name
 from share_diffusion.file import listing
 from share_diffusion.pictures import PictureError, open_picture
 from share_diffusion.progress import read_progress

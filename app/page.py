@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.api import wire_api
 from app.comparing import comparing
-from app.components import line
+from app.components import line, script
 from app.drawing import Sessions, wire_draw
 from app.inside import inside
 from app.learning import learning
@@ -98,7 +98,7 @@ def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Stud
 
 
 def appearance() -> dict[str, Any]:
-    """Return the theme and style that `launch` takes; this theme alone passes WCAG AA in light and dark, and asks no server."""
+    """Return the theme, style and script that `launch` takes; this theme alone has WCAG AA's contrast and asks no server."""
     theme = gr.themes.Monochrome(
         font=["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
@@ -106,4 +106,4 @@ def appearance() -> dict[str, Any]:
         spacing_size="sm",
         radius_size="md",
     )
-    return {"theme": theme, "css_paths": [STYLE]}
+    return {"theme": theme, "css_paths": [STYLE], "js": script("roles")}

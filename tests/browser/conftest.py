@@ -100,9 +100,11 @@ def server(tmp_path_factory):
     """The page on a port of its own, for all tests of this folder."""
     server = Server(tmp_path_factory.mktemp("page"))
     make_subspace(server.file)
-    server.start()
-    yield server
-    server.stop()
+    try:
+        server.start()
+        yield server
+    finally:  # also where the start itself fails or is interrupted
+        server.stop()
 
 
 @pytest.fixture(scope="session")
