@@ -106,4 +106,4 @@ def appearance() -> dict[str, Any]:
         spacing_size="sm",
         radius_size="md",
     )
-    return {"theme": theme, "css_paths": [STYLE], "js": script("roles")}
+    return {"theme": theme, "css_paths": [STYLE], "js": script("names")}
