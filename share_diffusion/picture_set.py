@@ -88,7 +88,7 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.places)
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """The file name of every index."""
         return tuple(self.files[place] for place in self.places)

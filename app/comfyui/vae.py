@@ -44,8 +44,9 @@ class Level(nn.Module):
     def __init__(self, inside: int, out: int, layers: int, groups: int, up: bool, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(Residual(out if number else inside, out, groups) for number in range(layers))
-        setattr(self, "upsamplers" if up else "downsamplers", nn.ModuleList([] if last else [Resampled(out, up)]))
-        self.steps = [*self.resnets, *(self.upsamplers if up else self.downsamplers)]
+        change = nn.ModuleList([] if last else [Resampled(out, up)])
+        setattr(self, "upsamplers" if up else "downsamplers", change)
+        self.steps = [*self.resnets, *change]
 
     def forward(self, x: Tensor) -> Tensor:
         for step in self.steps:
@@ -72,7 +73,6 @@ class Half(nn.Module):
         widths, groups = config["widths"][:: -1 if up else 1], config["groups"]
         ends = (config["latents"], 3) if up else (3, 2 * config["latents"])
         levels = zip([widths[0], *widths[:-1]], widths, strict=True)
-        self.up = up
         self.conv_in = nn.Conv2d(ends[0], widths[0], 3, padding=1)
         blocks = nn.ModuleList(
             Level(inside, out, config["layers"] + up, groups, up, number == len(widths) - 1)
@@ -80,13 +80,13 @@ class Half(nn.Module):
         )
         setattr(self, "up_blocks" if up else "down_blocks", blocks)
         self.mid_block = Middle(widths[0 if up else -1], groups)
+        self.steps = [self.mid_block, *blocks] if up else [*blocks, self.mid_block]
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], ends[1], 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = [self.mid_block, *self.up_blocks] if self.up else [*self.down_blocks, self.mid_block]
         x = self.conv_in(x)
-        for step in steps:
+        for step in self.steps:
             x = step(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

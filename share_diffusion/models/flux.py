@@ -20,7 +20,8 @@ from share_diffusion.models.noise import FLOW
 
 def owns(pipeline: Any) -> bool:
     """Tell whether a pipeline is of this family; those that also take pictures (Fill, Depth, Redux) are not."""
-    transformer, vae = getattr(pipeline, "transformer", None), getattr(pipeline, "vae", None)
+    transformer: Any = getattr(pipeline, "transformer", None)
+    vae = getattr(pipeline, "vae", None)
     if vae is None or type(getattr(transformer, "_orig_mod", transformer)).__name__ != "FluxTransformer2DModel":
         return False
     return transformer.config.in_channels == 4 * vae.config.latent_channels
