@@ -209,7 +209,7 @@ pictures = {"base": draw(model, clip), "file": draw(*by_file), "node": draw(*by_
 states = nodes.CLIPTextEncode().encode(clip, "a red cat")[0][0][0]
 decoded = vae.decode(torch.linspace(-1, 1, 8 * 16 * 16).reshape(1, 8, 16, 16))
 said = {**pictures, "states": states.clone(), "decoded": decoded, "matched": torch.tensor(matched)}
-save_file(said, export + "/said.safetensors")
+save_file({name: tensor.contiguous() for name, tensor in said.items()}, export + "/said.safetensors")
 """
 
 

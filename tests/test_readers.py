@@ -1,16 +1,18 @@
 """Facts about the key maps: they name every layer of diffusers' own models, and agree with the programs themselves.
 
 ComfyUI and sd-scripts are asked where COMFYUI_DIR and SDSCRIPTS_DIR name a copy and their requirements are installed
-(for ComfyUI in the environment of COMFYUI_PYTHON, if that is another one).
+(in the environments of COMFYUI_PYTHON and SDSCRIPTS_PYTHON, where those are others).
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from share_diffusion.export.family import OTHER, SD1, SD2, SDXL, family_of
@@ -211,18 +213,27 @@ def test_comfyui_itself_knows_the_same_keys(family, tmp_path):
 
 SDSCRIPTS = """
 import json, sys
-folder, question = sys.argv[1:]
+folder, question, answer = sys.argv[1:]
 sys.path.insert(0, folder)
 import torch
 from networks import lora
 from library.original_unet import UNet2DConditionModel
 from library.sdxl_original_unet import SdxlUNet2DConditionModel
+from safetensors.torch import load_file, save_file
 asked = json.load(open(question))
 with torch.device("meta"):
     unet = SdxlUNet2DConditionModel() if asked["unet"] is None else UNet2DConditionModel(**asked["unet"])
-weights = {key: torch.zeros(1, 1) for key in asked["keys"]}
-network, weights = lora.create_network_from_weights(1.0, None, None, None, unet, weights_sd=weights, for_inference=True)
-print(json.dumps([len({module.lora_name for module in network.unet_loras} & {key.split(".")[0] for key in weights})]))
+weights = load_file(asked["file"])
+nothing = torch.nn.Module()
+network, weights = lora.create_network_from_weights(0.5, None, None, nothing, unet, weights_sd=weights, for_inference=True)
+unet_loras = {module.lora_name: module for module in network.unet_loras}
+said = {}
+for name, module in unet_loras.items():
+    own = {key.split(".", 1)[1]: value for key, value in weights.items() if key.split(".")[0] == name}
+    assert module.load_state_dict(own, strict=False).unexpected_keys == []  # the base's weights are absent
+    update = module.get_weight().flatten(1).double()
+    said[name] = update @ torch.linspace(-1, 1, update.shape[1], dtype=torch.float64)
+save_file(said, answer)
 """
 OLD_UNETS = {
     "SD 1.x": {"attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False},
@@ -231,15 +242,36 @@ OLD_UNETS = {
 
 
 @pytest.mark.parametrize("family", STOCK, ids=lambda family: family.name)
-def test_sd_scripts_itself_adapts_as_many_layers(family, tmp_path):
+def test_sd_scripts_itself_changes_the_same_layers_by_the_same_numbers(family, tmp_path):
     if not (folder := os.environ.get("SDSCRIPTS_DIR")):
         pytest.skip("no copy of kohya's sd-scripts at hand; set SDSCRIPTS_DIR to ask it")
-    old = OLD_UNETS.get(family.name)
-    keys = [f"lora_unet_{module.replace('.', '_')}.lora_down.weight" for module in unet_modules(family)]
-    question = {"unet": old and {**old, "sample_size": 64, "upcast_attention": False}, "keys": keys}
+    old, generator = OLD_UNETS.get(family.name), torch.Generator().manual_seed(1)
+    layers = {}
+    for path, module in stock_unet(family).named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            out, into, *kernel = module.weight.shape
+            sides = torch.randn(out, 2, generator=generator), torch.randn(2, into * math.prod(kernel), generator=generator)
+            layers[f"unet.{path}"] = Factors(*sides, tuple(kernel) or None)
+    file = tmp_path / "lora.safetensors"
+    LoRA(layers, {}).write(file, "kohya", dtype=torch.float32)
+    question = {"unet": old and {**old, "sample_size": 64, "upcast_attention": False}, "file": str(file)}
     (tmp_path / "question.json").write_text(json.dumps(question))
-    words = [sys.executable, "-c", SDSCRIPTS, folder, str(tmp_path / "question.json")]
+    python = os.environ.get("SDSCRIPTS_PYTHON", sys.executable)
+    words = [python, "-c", SDSCRIPTS, folder, str(tmp_path / "question.json"), str(tmp_path / "said.safetensors")]
     done = subprocess.run(words, capture_output=True, text=True)
     if "ModuleNotFoundError" in done.stderr:
         pytest.skip(f"the requirements of sd-scripts are not installed here: {done.stderr.strip().splitlines()[-1]}")
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == [sum(sd_scripts.lora(key, family) is None for key in keys)]
+    assert done.returncode == 0, done.stderr[-1500:]
+    said = load_file(tmp_path / "said.safetensors")
+    spelt = original_unet(unet_parameters(family)) if family is SDXL else {}  # sd-scripts has the original names there
+    expected = {}
+    for path, factors in layers.items():
+        module = path.removeprefix("unet.")
+        if sd_scripts.lora(f"lora_unet_{module.replace('.', '_')}.lora_down.weight", family) is None:
+            name = spelt.get(f"{module}.weight", module).removesuffix(".weight")
+            expected[f"lora_unet_{name.replace('.', '_')}"] = factors
+    assert set(said) == set(expected)
+    for name in expected:
+        up, down = expected[name].up.double(), expected[name].down.double()
+        update = 0.5 * up @ (down @ torch.linspace(-1, 1, down.shape[1], dtype=torch.float64))
+        assert (said[name] - update).norm() < 1e-5 * update.norm(), name

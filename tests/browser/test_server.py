@@ -102,8 +102,12 @@ def test_a_program_draws_a_written_blend(server, client):
     assert str(server.folder) not in json.dumps(settings)
 
 
-def test_a_program_lists_the_concepts(client):
-    assert [concept["name"] for concept in client.predict(api_name="/concepts")] == ["watercolor", "robot", "blueprint"]
+def test_a_program_lists_the_concepts(server, client):
+    from share_diffusion.file import listing
+
+    listed = [concept["name"] for concept in client.predict(api_name="/concepts")]
+    assert listed[:3] == ["watercolor", "robot", "blueprint"]
+    assert listed == [entry["name"] for entry in listing(server.file).concepts]  # with what other tests have learned
 
 
 @pytest.mark.parametrize(
