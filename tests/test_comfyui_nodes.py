@@ -3,23 +3,33 @@
 The nodes themselves run inside a real ComfyUI where COMFYUI_DIR names one.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from share_diffusion.blend import Blend
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.subspace import Subspace
 
-PACK = Path(__file__).resolve().parents[1] / "app" / "comfyui"
+ROOT = Path(__file__).resolve().parents[1]
+PACK = ROOT / "app" / "comfyui"
 COMFYUI = os.environ.get("COMFYUI_DIR")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)  # ComfyUI mostly lives in an environment of its own
 
@@ -251,3 +261,78 @@ def test_inside_comfyui_the_nodes_draw_what_the_exported_lora_draws(tmp_path):
     assert (said["states"] - pipeline.text_encoder(tokens)[0]).abs().max() < 1e-3
     decoded = pipeline.vae.decode(torch.linspace(-1, 1, 8 * 16 * 16).reshape(1, 8, 16, 16)).sample
     assert (said["decoded"] - (decoded / 2 + 0.5).clamp(0, 1).movedim(1, -1)).abs().max() < 1e-4
+
+
+class Comfy:
+    """A running ComfyUI over a folder of its own, asked through its HTTP interface."""
+
+    def __init__(self, folder):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        words = [PYTHON, "main.py", "--cpu", "--port", self.port, "--base-directory", folder, "--disable-api-nodes"]
+        self.log = folder / "log.txt"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(list(map(str, words)), cwd=COMFYUI, stdout=log, stderr=subprocess.STDOUT)
+
+    def ask(self, path, body=None):
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def wait(self, ready, seconds=300):
+        """Return what `ready` returns once it returns something; None where ComfyUI ends or is too slow."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                if (found := ready()) is not None:
+                    return found
+            time.sleep(0.5)
+        return None
+
+    def draw(self, workflow):
+        """Run a workflow and return its picture, or the whole of what ComfyUI says of it."""
+        number = json.loads(self.ask("/prompt", {"prompt": workflow}))["prompt_id"]
+        said = self.wait(lambda: json.loads(self.ask(f"/history/{number}")).get(number))
+        pictures = [picture for output in said["outputs"].values() for picture in output.get("images", ())]
+        assert len(pictures) == 1, said["status"]
+        query = urllib.parse.urlencode({key: pictures[0][key] for key in ("filename", "subfolder", "type")})
+        return Image.open(io.BytesIO(self.ask(f"/view?{query}"))).convert("RGB")
+
+
+@pytest.mark.slow
+def test_the_written_workflow_draws_through_comfyuis_http_interface(tmp_path):
+    if not COMFYUI:
+        pytest.skip("no copy of ComfyUI at hand; set COMFYUI_DIR to draw a workflow in it")
+    from share_diffusion.base import load_base
+    from share_diffusion.export import export
+
+    shipped = ROOT / "share_diffusion" / "assets" / "concepts.safetensors"
+    home, blend = tmp_path / "a folder", "watercolor:0.8 + owl:0.6"
+    export(Subspace.load(shipped), blend, home, "comfyui", pipeline=load_base("tiny"), dtype=torch.float32, preview=False)
+    (home / "custom_nodes").mkdir()
+    (home / "custom_nodes" / "share").symlink_to(PACK, target_is_directory=True)
+    shutil.copy(shipped, home / "models" / "share" / "concepts.safetensors")
+    (written,) = (home / "user/default/api").glob("*.json")
+    by_file = json.loads(written.read_text())
+    (loader,) = (number for number, node in by_file.items() if node["class_type"] == "LoraLoader")
+    by_node = json.loads(written.read_text())
+    given = {name: by_file[loader]["inputs"][name] for name in ("model", "clip")}
+    by_node[loader] = {
+        "class_type": "ShareMix",
+        "inputs": {**given, "file": "concepts.safetensors", "mix": "watercolor:0.8, owl:0.6", "strength": 1.0},
+    }
+    comfy = Comfy(home)
+    try:
+        alive = comfy.wait(lambda: comfy.ask("/system_stats"))
+        if alive is None and "ModuleNotFoundError" in comfy.log.read_text():
+            pytest.skip(f"ComfyUI's requirements are not installed here: {comfy.log.read_text().strip().splitlines()[-1]}")
+        assert alive is not None, comfy.log.read_text()[-1500:]
+        from_file, from_node = comfy.draw(by_file), comfy.draw(by_node)
+    finally:
+        comfy.process.terminate()
+        comfy.process.wait(30)
+    first, second = (torch.from_numpy(numpy.array(picture)).float() for picture in (from_file, from_node))
+    assert first.std() > 10  # a picture, not a blank
+    assert (first - second).abs().max() <= 1
