@@ -657,7 +657,7 @@ def test_values_out_of_the_range_of_float16_are_refused(tmp_path: Path, value: f
 
 
 def test_a_layer_that_kohya_cannot_name_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    layers = ["transformer.transformer_blocks.0.attn.to_q", "unet.down_blocks.0.motion_modules.0.proj_in"]
+    layers = ["transformer.transformer_blocks.0.motion.to_q", "unet.down_blocks.0.motion_modules.0.proj_in"]
     lora = LoRA({layer: Factors(*pair(4, 4, 1)) for layer in layers})
     message = refusal(lambda: lora.write(tmp_path / "a.safetensors"))
     assert all(f"{layer}: has no name in kohya's dialect; write dialect='diffusers'" in message for layer in layers)

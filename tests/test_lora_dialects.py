@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from share_diffusion.lora import Factors, LoRA
@@ -579,3 +579,56 @@ def test_the_real_lokr_is_exact() -> None:
     assert lora.layers["unet.up_blocks.1.resnets.0.conv1"].kernel == (3, 3)
     assert math.isfinite(lora.norm)
     assert json.loads(lora.metadata["ss_network_args"])["algo"] == "lokr"
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_transformers_are_written_under_the_original_names_and_read_back(tmp_path: Path, kind: str) -> None:
+    """Every linear layer of a small real model, each with factors of its own, and a text encoder of each sort."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16}
+    sizes |= {"pooled_projection_dim": 8, "in_channels": 4}
+    with torch.device("meta"):
+        model = (
+            FluxTransformer2DModel(num_single_layers=1, axes_dims_rope=(2, 2, 4), **sizes, guidance_embeds=True)
+            if kind == "flux"
+            else SD3Transformer2DModel(
+                sample_size=8, patch_size=2, caption_projection_dim=16, dual_attention_layers=(0,), **sizes
+            )
+        )
+    shapes = {
+        f"transformer.{name}": (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    t5 = "text_encoder_2" if kind == "flux" else "text_encoder_3"
+    shapes |= {f"{t5}.encoder.block.0.layer.0.SelfAttention.q": (4, 4)}
+    shapes |= {"text_encoder.text_model.encoder.layers.0.mlp.fc1": (8, 4)}
+    if kind == "sd3":
+        shapes |= {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1": (8, 4)}
+    lora = LoRA({layer: Factors(torch.randn(out, 2), torch.randn(2, into)) for layer, (out, into) in shapes.items()})
+    lora.write(tmp_path / "a.safetensors", "kohya", dtype=torch.float32)
+    again = LoRA.read(tmp_path / "a.safetensors")
+    assert set(again.layers) == set(lora.layers)
+    for layer, factors in lora.layers.items():
+        assert torch.equal(again.layers[layer].dense(), factors.dense()), layer
+    stems = {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")}
+    first = "double_blocks_1_img" if kind == "flux" else "joint_blocks_1_x_block"
+    assert {f"lora_unet_{first}_attn_qkv", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"} <= stems
+    assert {"lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_final_layer_linear"} <= stems
+    assert not [stem for stem in stems if "transformer_blocks" in stem]
+
+
+def test_parts_of_a_fused_layer_with_one_input_side_keep_their_rank(tmp_path: Path) -> None:
+    down, block = torch.randn(2, 8), "transformer.single_transformer_blocks.3"
+    parts = {"attn.to_q": 8, "attn.to_v": 8, "proj_mlp": 32}
+    lora = LoRA({f"{block}.{name}": Factors(torch.randn(out, 2), down) for name, out in parts.items()})
+    lora.write(tmp_path / "a.safetensors", "kohya", dtype=torch.float32)
+    tensors = load_file(tmp_path / "a.safetensors")
+    stem = "lora_unet_single_blocks_3_linear1"
+    assert tensors[f"{stem}.lora_down.weight"].shape == (2, 8)
+    assert tensors[f"{stem}.lora_up.weight"].shape == (56, 2)
+    again = LoRA.read(tmp_path / "a.safetensors").layers
+    for layer, factors in lora.layers.items():
+        assert torch.equal(again[layer].dense(), factors.dense())
+    assert again[f"{block}.attn.to_k"].energy == 0  # the part that was not adapted

@@ -275,3 +275,44 @@ def test_sd_scripts_itself_changes_the_same_layers_by_the_same_numbers(family, t
         up, down = expected[name].up.double(), expected[name].down.double()
         update = 0.5 * up @ (down @ torch.linspace(-1, 1, down.shape[1], dtype=torch.float64))
         assert (said[name] - update).norm() < 1e-5 * update.norm(), name
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_transformers_lora_is_read_where_the_tables_say(name, tmp_path):
+    """Kohya's dialect reaches ComfyUI and sd-scripts whole; of T5 diffusers keeps nothing, whatever the dialect."""
+    import tiny_models
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+    from share_diffusion.models.layers import select, shape_of
+
+    pipeline = getattr(tiny_models, f"build_{name}")()
+    shapes = {path: shape_of(module)[0] for path, module in select(pipeline, "attention+ff").items()}
+    # diffusers cuts the fused layer of a single block at FLUX's true widths, which this small model has not.
+    shapes = {path: shape for path, shape in shapes.items() if ".single_" not in path or path.endswith("proj_out")}
+    lora = LoRA({path: Factors(torch.randn(out, 2), torch.randn(2, into)) for path, (out, into) in shapes.items()})
+    verdicts = {}
+    for dialect in ("kohya", "diffusers"):
+        lora.write(tmp_path / f"{dialect}.safetensors", dialect, dtype=torch.float32)
+        for verdict in verify(tmp_path / f"{dialect}.safetensors"):
+            verdicts[dialect, verdict.program] = (verdict.matched, verdict.present)
+    t5 = "text_encoder_2." if name == "flux" else "text_encoder_3."
+    of_t5 = sum(path.startswith(t5) for path in shapes)
+    assert of_t5 > 0
+    for program in ("ComfyUI", "sd-scripts"):
+        matched, present = verdicts["kohya", program]
+        assert matched == present > 0
+    assert verdicts["diffusers", "diffusers"] == (2 * (len(shapes) - of_t5), 2 * len(shapes))
+    kind = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}[name]
+    if name == "flux":
+        kept = kind.lora_state_dict(str(tmp_path / "kohya.safetensors"))
+        assert len(kept) == 2 * (len(shapes) - of_t5)
+        matched, present = verdicts["kohya", "diffusers"]
+        assert present - matched == 3 * of_t5
+    else:
+        assert verdicts["kohya", "diffusers"][0] == 0
+    kind.load_lora_weights(pipeline, str(tmp_path / "diffusers.safetensors"))
+    adapted = {name for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+               if (module := getattr(pipeline, part, None)) is not None
+               for name in (part for path, _ in module.named_modules() if path.endswith("lora_A"))}  # fmt: skip
+    assert t5.rstrip(".") not in adapted
+    assert {"transformer", "text_encoder"} <= adapted

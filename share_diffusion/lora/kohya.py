@@ -1,7 +1,8 @@
 """kohya's dialect, the one that every program reads.
 
 `<prefix>_<module path, dots as underscores>` + `.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha`;
-scale = alpha / r. Convolutions are 4-D: down (r, in_channels, kh, kw), up (out, r, 1, 1).
+scale = alpha / r. Convolutions are 4-D: down (r, in_channels, kh, kw), up (out, r, 1, 1). Transformers (FLUX, SD 3) have
+the module paths of their original programs, `lora_unet_double_blocks_0_img_attn_qkv` (`fused.joined`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 
 from share_diffusion.lora.assemble import ENDINGS, Role, assemble, refuse
 from share_diffusion.lora.factors import Factors
+from share_diffusion.lora.fused import joined
 from share_diffusion.lora.names import canonical, dotted, home, underscored
 from share_diffusion.lora.native import renamed
 
@@ -60,6 +62,8 @@ def split_kohya(key: str, flux: bool = False) -> tuple[str, Role] | None:
 
 def spell_kohya(layers: Mapping[str, Factors], name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the least metadata of a kohya file called `name`, alpha = r where all layers have one rank."""
+    if any(layer.startswith("transformer.") for layer in layers):
+        layers = joined(layers)
     names = kohya_names(layers)
     # One alpha for all: diffusers 0.42 overlooks those of attention and CLIP layers that differ from the commonest.
     alpha = Counter(factors.rank for factors in layers.values()).most_common(1)[0][0]
@@ -89,9 +93,17 @@ def widened(factors: Factors, alpha: int) -> Factors:
 
 def kohya_names(layers: Collection[str]) -> dict[str, str]:
     """Each layer's name in this dialect; ValueError lists those that would not come apart again into the same path."""
-    # sd-scripts ignores `lora_te1_` in SD 1.x and expects it in SDXL.
-    first = "lora_te1_" if any(layer.startswith("text_encoder_2.") for layer in layers) else "lora_te_"
-    prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
+    components = {layer.partition(".")[0] for layer in layers}
+    # sd-scripts ignores `lora_te1_` in SD 1.x and expects it where there is more than one text encoder.
+    several = "text_encoder_2" in components or "transformer" in components
+    flux = any(layer.startswith(("transformer.double_blocks.", "transformer.single_blocks.")) for layer in layers)
+    prefixes = {
+        "unet": "lora_unet_",
+        "transformer": "lora_unet_",
+        "text_encoder": "lora_te1_" if several else "lora_te_",
+        "text_encoder_2": T5 if flux else "lora_te2_",
+        "text_encoder_3": T5,
+    }
     names: dict[str, str] = {}
     problems: list[str] = []
     for layer in layers:

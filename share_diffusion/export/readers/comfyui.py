@@ -19,7 +19,8 @@ def lora(key: str, family: Family) -> str | None:
     if not ending:
         return "no LoRA matrix by its ending"
     if family in (SD3, FLUX):
-        return None if stem.startswith(("transformer.", "lora_unet_double", "lora_unet_single", "lora_te")) else "no such layer"
+        known = ("transformer.", *keys.ORIGINAL_STARTS[family.name], "lora_te")
+        return None if stem.startswith(known) else "no such layer"
     if not keys.is_stock(family):
         return f"{keys.foreign(family)} without the nodes of app/comfyui"
     if stem.startswith("lora_"):

@@ -14,6 +14,7 @@ from share_diffusion.lora.names import COMPONENTS, dotted
 
 NAME = "diffusers"
 PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+T5 = {"FLUX.1": ("text_encoder_2.", "lora_te3_"), "SD 3": ("text_encoder_3.", "lora_te3_")}
 INSIDE = re.compile(r".*(attentions|resnets|downsamplers|upsamplers|self_attn|mlp)\.")
 
 
@@ -22,6 +23,8 @@ def lora(key: str, family: Family) -> str | None:
     stem, ending = keys.apart(key)
     if not ending:
         return "no LoRA matrix by its ending"
+    if stem.startswith(T5.get(family.name, ("\0",))):
+        return "it loads no LoRA into T5"
     if not stem.startswith("lora_"):
         return None if stem.partition(".")[0] in COMPONENTS else "no component of a pipeline by its first word"
     if family in (SD3, FLUX):

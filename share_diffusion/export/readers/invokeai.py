@@ -10,16 +10,14 @@ from share_diffusion.export.readers import keys
 
 NAME = "InvokeAI"
 TEXT = {"SDXL": ("lora_te1_", "lora_te2_")}
-FLUX_STARTS = ("transformer.", "lora_unet_double", "lora_unet_single", "lora_te1_")
 
 
 def lora(key: str, family: Family) -> str | None:
     """Return why InvokeAI refuses a key of a LoRA, or None."""
     stem, ending = keys.apart(key)
     if family is FLUX:
-        return (
-            None if stem.startswith(("transformer.", "lora_unet_double", "lora_unet_single", "lora_te1_")) else "no such layer"
-        )
+        known = ("transformer.", *keys.ORIGINAL_STARTS[family.name], "lora_te1_")
+        return None if stem.startswith(known) else "no such layer"
     if ending not in keys.KOHYA_ENDINGS or not stem.startswith("lora_"):
         return "only kohya's names are read, anything else raises; export --format kohya"
     if not keys.is_stock(family):

@@ -30,6 +30,13 @@ def is_stock(family: Family) -> bool:
     return family.name in STOCK
 
 
+# How the layers of transformers begin in kohya's dialect, which has the original programs' names there.
+ORIGINAL_STARTS = {
+    "FLUX.1": ("lora_unet_double_blocks_", "lora_unet_single_blocks_"),
+    "SD 3": ("lora_unet_joint_blocks_",),
+}
+
+
 def foreign(family: Family) -> str:
     """Return the reason for a base that is none of the stock ones."""
     return f"{family.name}: no model of these shapes opens in it"

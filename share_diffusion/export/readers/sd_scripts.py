@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from share_diffusion.export.family import FLUX, Family
+from share_diffusion.export.family import FLUX, SD3, Family
 from share_diffusion.export.readers import keys
 
 NAME = "sd-scripts"
@@ -21,8 +21,9 @@ def lora(key: str, family: Family) -> str | None:
     stem, ending = keys.apart(key)
     if ending not in keys.KOHYA_ENDINGS or not stem.startswith("lora_"):
         return "only kohya's names are read; export --format kohya"
-    if family is FLUX:
-        return None if stem.startswith(("lora_unet_double", "lora_unet_single", "lora_te1_", "lora_te3_")) else "no such layer"
+    if family in (FLUX, SD3):
+        known = (*keys.ORIGINAL_STARTS[family.name], "lora_te1_", "lora_te2_", "lora_te3_")
+        return None if stem.startswith(known) else "it lies outside the blocks that sd-scripts adapts"
     if not keys.is_stock(family):
         return keys.foreign(family)
     if stem in keys.kohya_text(family, TEXT.get(family.name, ("lora_te_",))):

@@ -1,0 +1,93 @@
+"""Layers of FLUX and SD 3 by the names of the original programs, which is how kohya's dialect spells them.
+
+Where the original holds query, key and value (and in FLUX's single blocks the feed-forward too) in one matrix, layers
+with up (out_i, r_i), down (r_i, in) become one: up block diagonal (sum out_i, sum r_i), down stacked (sum r_i, in); with
+one down for all of them up is stacked and the rank stays. Both are exact, and `native.apart` takes them apart again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from share_diffusion.lora.factors import Factors
+from share_diffusion.lora.native import FINAL, FLUX, SD3, Rule, is_final_context
+
+SINGLE = "single_transformer_blocks"
+FLUX_WIDTH = 3072  # of every FLUX.1; no SD 3 is as wide
+MLP_RATIO = 4  # of FLUX's feed-forward
+
+
+def is_flux(layers: Mapping[str, Factors]) -> bool:
+    """Whether the layers are FLUX's and not SD 3's: the one has single blocks, and is of one width."""
+    return any(SINGLE in layer for layer in layers) or any(
+        layer.endswith(".to_q") and factors.shape[1] == FLUX_WIDTH for layer, factors in layers.items()
+    )
+
+
+def joined(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The layers of a transformer by the original paths, `transformer.double_blocks.0.img_attn.qkv` and so on.
+
+    Layers without an original name keep theirs. Parts of a fused layer that are not adapted become rows of zeros.
+    """
+    rules = (*(FLUX if is_flux(layers) else SD3), *FINAL)
+    whole: dict[str, tuple[Rule, dict[int, Factors]]] = {}
+    rest: dict[str, Factors] = {}
+    for layer, factors in layers.items():
+        component, _, module = layer.partition(".")
+        if component == "transformer" and (found := place(module, rules)):
+            path, rule, part = found
+            whole.setdefault(f"{component}.{path}", (rule, {}))[1][part] = factors
+        else:
+            rest[layer] = factors
+    return rest | {path: fuse(path, rule, parts) for path, (rule, parts) in whole.items()}
+
+
+def place(module: str, rules: tuple[Rule, ...]) -> tuple[str, Rule, int] | None:
+    """The original path of a diffusers module, its rule, and which part of it the module is."""
+    for rule in rules:
+        if rule.path.endswith(r"single_blocks\.(\d+)\.qkv"):
+            continue  # XLabs' alone; the original has them in linear1
+        for part, layer in enumerate(rule.layers):
+            pattern = re.escape(layer).replace(re.escape(r"\1"), r"(\d+)")
+            if match := re.fullmatch(pattern, module):
+                path = rule.path.replace(r"(\d+)", match.group(1) if match.groups() else "")
+                return path.replace("\\", ""), rule, part
+    return None
+
+
+def fuse(path: str, rule: Rule, parts: Mapping[int, Factors]) -> Factors:
+    """One original layer of some of its parts."""
+    if len(rule.layers) == 1:
+        (factors,) = parts.values()
+        if rule.swapped or is_final_context(path, factors):
+            factors = replace(factors, up=torch.cat(factors.up.chunk(2)[::-1]))
+        return factors
+    width = next(iter(parts.values())).shape[1]
+    heights = [width] * 3 + [MLP_RATIO * width] * (len(rule.layers) - 3)
+    for number, factors in parts.items():
+        heights[number] = factors.shape[0]
+    downs = [factors.down for _, factors in sorted(parts.items())]
+    lost = sum(factors.lost for factors in parts.values())
+    if all(torch.equal(down, downs[0]) for down in downs):
+        ups = [parts[number].up if number in parts else zeros(downs[0], height) for number, height in enumerate(heights)]
+        return Factors(torch.cat(ups), downs[0], lost=lost)
+    rows: list[Tensor] = []
+    before, rank = 0, sum(down.shape[0] for down in downs)
+    for number, height in enumerate(heights):
+        row = downs[0].new_zeros(height, rank)
+        if number in parts:
+            up = parts[number].up
+            row[:, before : before + up.shape[1]] = up
+            before += up.shape[1]
+        rows.append(row)
+    return Factors(torch.cat(rows), torch.cat(downs), lost=lost)
+
+
+def zeros(down: Tensor, height: int) -> Tensor:
+    """The `up` of a part that nothing changes."""
+    return down.new_zeros(height, down.shape[0])
