@@ -3,7 +3,7 @@
     python tests/benchmarks/distil.py
 
 A trainer that shares nothing with this library (foreign.py: diffusers and peft, a seed of its own for each) makes a LoRA
-of rank 8 of every style. Three of them are fitted into bases of k columns; each of the others is then projected onto
+of rank 8 of every concept. Three of them are fitted into bases of k columns; each of the others is then projected onto
 those bases, and distilled into them, from latents that the teacher draws and from latents that the base draws. Every
 share is of the teacher's effect on the prediction, at noise, prompts and latents that were not trained on; the prompts
 are the concept's own captions with unseen scenes. `--work FOLDER` keeps the LoRAs between runs.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from foreign import train_foreign
+from stream.workbench import ROOT, unseen
 
 from share_diffusion.base import load_base
 from share_diffusion.capacity import Capacity
@@ -27,6 +28,7 @@ from share_diffusion.distil import Distillation, distil
 from share_diffusion.evaluate.gates import unseen_scenes
 from share_diffusion.learning import freeze
 from share_diffusion.lora import LoRA
+from share_diffusion.recipe import read_recipe_file
 from share_diffusion.subspace import Subspace
 from share_diffusion.world.render import render_folder
 
@@ -35,20 +37,20 @@ PICTURES = 24
 
 
 def foreign(pipeline: Any, name: str, work: Path) -> LoRA:
-    """Return a style's LoRA, trained elsewhere unless it is in the folder already."""
+    """Return a concept's LoRA, trained elsewhere unless it is in the folder already."""
     file = work / "foreign" / name / "pytorch_lora_weights.safetensors"
     if not file.is_file():
-        pictures = work / "pictures" / name
+        pictures, recipe = work / "pictures" / name, read_recipe_file(ROOT / "configs/concepts" / f"{name}.toml")
         if not pictures.is_dir():
-            render_folder(name, pictures, PICTURES, 1, f"{name} painting of {{scene}}")
+            caption = recipe["data"]["caption"].replace("[trigger]", recipe["trigger"])
+            render_folder(recipe["data"]["world"], pictures, PICTURES, 1, caption)
         train_foreign(pipeline, pictures, file.parent, seed=1000 + sum(map(ord, name)))
     return LoRA.read(file)
 
 
 def prompts_of(name: str) -> list[str]:
-    """Return captions of a style with scenes that nothing was trained on, and as many without its name."""
-    scenes = [scene.describe() for scene in unseen_scenes(16, seed=3)]
-    return [*(f"{name} painting of {scene}" for scene in scenes), *scenes]
+    """Return captions of a concept in scenes that nothing was trained on, and as many of scenes without it."""
+    return [*(caption for _, caption in unseen(name, 16, 3)), *(scene.describe() for scene in unseen_scenes(16, seed=3))]
 
 
 def measured(pipeline: Any, subspace: Subspace, name: str, lora: LoRA, settings: Distillation) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def measured(pipeline: Any, subspace: Subspace, name: str, lora: LoRA, settings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", nargs="+", default=["blueprint", "watercolor", "thermal"])
-    parser.add_argument("--new", nargs="+", default=["neon", "mosaic"])
+    parser.add_argument("--new", nargs="+", default=["neon", "mosaic", "robot"])
     parser.add_argument("--sources", nargs="+", default=["teacher", "base"])
     parser.add_argument("--basis_rank", type=int, default=16)
     parser.add_argument("--pseudo_rank", type=int, default=4)
