@@ -12,13 +12,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from share_diffusion.overlap import MOST
 from share_diffusion.subspace import Subspace
 
 BYTES = 2  # of one number in the file
 
 
 def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return everything that `show --json` prints."""
+    """Return everything that `show --json` prints; with more than 256 concepts there is no overlap matrix."""
     fixed = subspace.fixed
     ranks = [max(basis.rank) for basis in subspace.layers.values()] or [0]
     basis = BYTES * sum(
@@ -32,6 +33,7 @@ def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]
             "trigger": concept.trigger,
             "pseudo_rank": concept.pseudo_rank,
             "retention": concept.retention,
+            "functional_retention": concept.details.get("functional_retention"),
             "bytes": BYTES * concept.numbers,
         }
         for concept in subspace.concepts.values()
@@ -54,7 +56,7 @@ def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]
             "break_even_concepts": math.ceil(basis / saved) if saved > 0 else None,
         },
         "concepts": concepts,
-        "overlap": [[round(value, 4) for value in row] for row in subspace.overlap().tolist()],
+        "overlap": [[round(value, 4) for value in row] for row in subspace.overlap().tolist()] if len(concepts) <= MOST else [],
     }
 
 
@@ -74,11 +76,14 @@ def table(facts: dict[str, Any]) -> str:
         "",
     ]
     width = max([len("concept"), *(len(entry["name"]) for entry in facts["concepts"])])
-    lines.append(f"{'concept':<{width}}  {'kind':<7}  {'trigger':<16}  rank  retention      bytes")
+    distilled = any(entry["functional_retention"] is not None for entry in facts["concepts"])
+    lines.append(
+        f"{'concept':<{width}}  {'kind':<7}  {'trigger':<16}  rank  retention      bytes{'  effect' if distilled else ''}"
+    )
     for entry in facts["concepts"]:
         lines.append(
             f"{entry['name']:<{width}}  {entry['kind']:<7}  {entry['trigger']:<16}  {entry['pseudo_rank']:>4}"
-            f"  {entry['retention']:>9.4f}  {entry['bytes']:>9,}"
+            f"  {entry['retention']:>9.4f}  {entry['bytes']:>9,}{effect(entry['functional_retention'])}"
         )
     many = sizes["break_even_concepts"]
     lines += [
@@ -92,6 +97,11 @@ def table(facts: dict[str, Any]) -> str:
     if 1 < len(facts["concepts"]) <= 24:
         lines += ["", "overlap (cosine of the concepts' updates)", *overlap_lines(facts, width)]
     return "\n".join(lines)
+
+
+def effect(functional: float | None) -> str:
+    """Return what a distilled concept keeps of its LoRA's effect, as the end of its line."""
+    return "" if functional is None else f"  {functional:>6.3f}"
 
 
 def overlap_lines(facts: dict[str, Any], width: int) -> list[str]:

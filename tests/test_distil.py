@@ -147,6 +147,10 @@ def test_the_command_tells_both_retentions_and_writes_the_student(tmp_path: Path
     details = load(tmp_path / "s.safetensors")["ink"].details
     assert details["source"] == "ink.safetensors"
     assert -1 < details["functional_retention"] < 1
+    assert main(["show", str(tmp_path / "s.safetensors")]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("concept", "ink "))]
+    assert shown[0].endswith("  effect")
+    assert float(shown[1].split()[-1]) == pytest.approx(details["functional_retention"], abs=1e-3)
     assert main(words) == 1
     assert "ink: already in the file" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("one\n")
