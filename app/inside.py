@@ -23,7 +23,7 @@ def inside(engine: Any, tab: gr.Tab) -> None:
             retention = heat("inside-retention", WORDS.inside_retention)
         with gr.Column(scale=1, min_width=320):
             gr.Markdown(f"### {WORDS.inside_bytes}")
-            cost = line("inside-bytes-note")
+            cost = line("inside-bytes-note", WORDS.inside_measuring, live=True)
             sizes = gr.BarPlot(
                 x="what",
                 y="kB",

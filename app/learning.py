@@ -51,7 +51,7 @@ def learning(engine: Any) -> gr.HTML:
                     max_lines=1,
                     min_width=120,
                 )
-            steps = gr.Slider(10, min(1000, MOST_STEPS), 200, step=10, label=WORDS.learn_steps, elem_id="learn-steps")
+            steps = gr.Slider(10, min(1000, MOST_STEPS), 400, step=10, label=WORDS.learn_steps, elem_id="learn-steps")
             with gr.Row(elem_id="learn-go"):
                 start = gr.Button(WORDS.learn_start, variant="primary", elem_id="learn-start", scale=3, min_width=80)
                 cancel = gr.Button(

@@ -130,6 +130,7 @@ class Words:
     inside_retention = "What adding each concept did to the earlier ones"
     inside_retention_note = "Share of each concept's own energy that is certainly still held, after each step of learning."
     inside_bytes = "What it costs"
+    inside_measuring = "Measuring the subspace…"
     inside_spectrum = "How full the shared directions are"
     inside_spectrum_note = "Share of all concepts' energy beyond the first n directions, mean over the layers of a group."
     inside_head = ("Concept", "Kind", "Trigger", "Rank", "Bytes", "Retention")

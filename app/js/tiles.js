@@ -16,6 +16,12 @@ function tile(item) {
     picture.alt = "";
     picture.loading = "lazy";
     frame.append(picture);
+  } else {
+    const letter = document.createElement("span");
+    letter.className = "letter";
+    letter.ariaHidden = "true";
+    letter.textContent = [...item.title][0] ?? "";
+    frame.append(letter);
   }
   if (item.badge) {
     const badge = document.createElement("span");
