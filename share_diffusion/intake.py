@@ -118,6 +118,8 @@ def about(source: Source, lora: LoRA) -> dict[str, Any]:
     """Return a concept's kind, trigger and details from the command's flags and the file's metadata."""
     told = {key: lora.metadata[key] for key in TOLD if lora.metadata.get(key)}
     details = {"source": source.path.name, **({"metadata": told} if told else {})}
+    if licence := told.get("modelspec.license"):
+        details["license"] = licence  # an export carries it on
     return {
         "kind": source.kind,
         "trigger": source.trigger or lora.metadata.get("modelspec.trigger_phrase", ""),

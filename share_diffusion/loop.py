@@ -81,7 +81,7 @@ def adapt(
             optimizer.step()
             optimizer.zero_grad()
             if progress is not None:
-                progress(step + 1, float(loss))
+                progress(step + 1, float(loss.detach()))
     about = {"kind": kind, "trigger": word, "details": {"prompts": [instance_prompt or word]}}
     return subspace.merge({name: learner.lora()}, capacity=capacity, about={name: about})
 

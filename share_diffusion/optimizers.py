@@ -37,6 +37,9 @@ def make_optimizer(name: str, groups: Iterable[Mapping[str, Any]], arguments: Se
     if unknown := [key for key in chosen if key not in accepted and not open_ended]:
         takes = ", ".join(key for key in accepted if key not in ("self", "params"))
         raise ValueError(f"optimizer {name} takes no {', '.join(unknown)}; it takes {takes}")
+    if callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None)):
+        raise ValueError(f"optimizer {name} switches between weights to train and weights to use, which is not supported; "
+                         "for averaged weights give another optimizer and --ema_decay 0.99")  # fmt: skip
     try:
         return kind([dict(group) for group in groups], **chosen)
     except (TypeError, ValueError, RuntimeError) as error:

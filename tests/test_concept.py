@@ -336,8 +336,9 @@ def test_own_pictures_and_a_config_file(workplace):
     for number in range(3):
         Image.new("RGB", (90, 70), (40 * number, 90, 160)).save(photos / f"{number}.jpg")
     (workplace / "run.toml").write_text('kind = "subject"\ninstance_prompt = "a photo of mycat"\nlearning_rate = 1e-2\n')
-    assert run("--concept", "mycat", "--instance_data_dir", "photos/", "--config", "run.toml") == 0
+    assert run("--concept", "mycat", "--instance_data_dir", "photos/", "--config", "run.toml", "--license", "CC0-1.0") == 0
     held = Subspace.load(file_of(workplace))["mycat"]
+    assert held.details["license"] == "CC0-1.0"
     assert (held.kind, held.trigger) == ("subject", "mycat")
     assert held.details["prompts"][0] == "a photo of mycat"
 

@@ -151,6 +151,7 @@ def test_the_trigger_is_read_from_the_file_or_its_sidecar(tmp_path: Path) -> Non
     assert [concept.trigger for concept in subspace.concepts.values()] == ["inkish", "toonish"]
     assert subspace["told"].details["metadata"] == {"modelspec.license": "CC0"}
     assert subspace["told"].details["source"] == "told.safetensors"
+    assert subspace["told"].details["license"] == "CC0"
 
 
 # Taking in

@@ -50,6 +50,16 @@ def test_adapt_says_what_is_wrong(photos):
         )  # fmt: skip
 
 
+class Averaging(torch.optim.SGD):
+    """Switches between weights to train and weights to use, as schedule-free optimizers do."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
 def test_optimizers_are_found_by_name_or_path_and_refuse_what_they_lack():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}]
     assert type(make_optimizer("AdamW", groups)).__name__ == "AdamW"
@@ -62,6 +72,7 @@ def test_optimizers_are_found_by_name_or_path_and_refuse_what_they_lack():
         ("torch.optim:Nothing", [], "torch.optim has no Nothing"),
         ("adamw8bit", [], "pip install bitsandbytes"),
         ("mine.own:Thing", [], "pip install mine"),
+        (f"{__name__}:Averaging", [], "not supported; for averaged weights .* --ema_decay"),
     ):
         with pytest.raises(ValueError, match=expected):
             make_optimizer(name, groups, arguments)

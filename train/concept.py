@@ -104,9 +104,7 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
         return {}
     if settings.patch:
         merged = merge(run, subspace, learner)
-        details = {"prompts": list(recipe.prompts)}
-        lora = learner.lora()
-        patch = make_patch(subspace, recipe.name, lora, kind=recipe.kind, trigger=recipe.trigger, details=details)
+        patch = make_patch(subspace, recipe.name, learner.lora(), **about(run))
         write_patch(patch, settings.patch)
     else:
         with storage.locked(file, timeout=LOCK_SECONDS):
@@ -317,9 +315,14 @@ def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int
 
 def merge(run: Run, subspace: Subspace, learner: Learner) -> Subspace:
     """Return the subspace with the concept folded in."""
-    recipe = run.recipe
-    about = {"kind": recipe.kind, "trigger": recipe.trigger, "details": {"prompts": list(recipe.prompts)}}
-    return subspace.merge({recipe.name: learner.lora()}, capacity=capacity_of(run.settings), about={recipe.name: about})
+    name = run.recipe.name
+    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: about(run)})
+
+
+def about(run: Run) -> dict[str, Any]:
+    """Return what the file tells of the concept beside its coefficients."""
+    licence = {"license": run.settings.license} if run.settings.license else {}
+    return {"kind": run.recipe.kind, "trigger": run.recipe.trigger, "details": {"prompts": list(run.recipe.prompts), **licence}}
 
 
 def finetune(run: Run, subspace: Subspace) -> Subspace:

@@ -38,6 +38,7 @@ class ConceptSettings:
     output_dir: str = flag("outputs", "where files, sheets and reports go")
     kind: str | None = flag(None, "style or subject", choices=("style", "subject"))
     trigger: str | None = flag(None, "the word that calls the concept in a prompt")
+    license: str | None = flag(None, "the licence that exports of the concept carry, e.g. CC-BY-4.0")
     # pictures and captions
     instance_data_dir: str | None = flag(None, "a folder of pictures and captions", aliases=("train_data_dir",))
     dataset_config: str | None = flag(None, "a TOML table of several folders, as kohya's [[datasets.subsets]]")

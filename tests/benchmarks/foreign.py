@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,12 @@ def train_foreign(
     steps: int = 100,
     batch: int = 8,
     rate: float = 3e-3,
+    timed: Callable[[float], None] = lambda seconds: None,
 ) -> Path:
-    """Train a LoRA on a folder of pictures and captions, on copies of the pipeline's models, and return its file."""
+    """Train a LoRA on a folder of pictures and captions, on copies of the pipeline's models, and return its file.
+
+    `timed` is told how long every step took.
+    """
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -45,6 +51,7 @@ def train_foreign(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scheduler = pipeline.scheduler
     for _ in range(steps):
+        started = time.perf_counter()
         chosen = torch.randint(len(latents), (batch,))
         times = torch.randint(scheduler.config.num_train_timesteps, (batch,))
         noise = torch.randn(batch, *latents.shape[1:])
@@ -58,6 +65,7 @@ def train_foreign(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
+        timed(time.perf_counter() - started)
     weights = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
     StableDiffusionPipeline.save_lora_weights(str(output), **weights)
     return output / "pytorch_lora_weights.safetensors"
