@@ -18,9 +18,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,12 +154,15 @@ def unpack(
             beta=torch.cat([derived.beta, tensors[f"{layer}.share_beta"].float()], dim=1),
         )
     details = json.loads(bytes(tensors["details"].tolist()))
-    layouts = tensors["layouts"].tolist()
+    layouts = [places_of(list(shapes), layout) for layout in tensors["layouts"].tolist()]
+    lengths = [sum((alpha + beta) * rank for alpha, beta, rank in places.values()) for places in layouts]
     concepts = {}
     for number, entry in enumerate(metadata["concepts"]):
         packed = tensors[f"concept.{number:05d}"].float() * unit_of(entry["norm"])
         known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}
-        coefficients = cut(packed, list(shapes), layouts[entry["layout"]])
+        if packed.numel() != (length := lengths[entry["layout"]]):
+            raise IndexError(f"concept {number} has {packed.numel()} coefficients where its layout has {length}")
+        coefficients = Packed(packed, layouts[entry["layout"]])
         concepts[entry["name"]] = Concept(**known, coefficients=coefficients, details=details[number])
     return Subspace(
         base=base,
@@ -178,18 +182,44 @@ def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
     return Basis(torch.zeros(shape[1], alpha), torch.zeros(shape[0], beta))
 
 
-def cut(packed: Tensor, order: list[str], layout: list[list[int]]) -> dict[str, Coefficients]:
-    """Return a concept's coefficients from their packed form."""
+class Packed(Mapping[str, Coefficients]):
+    """A concept's coefficients by layer, cut out of their packed form when one is first asked for.
+
+    A file of 10,000 concepts is read in a second that way: who draws needs two of them.
+    """
+
+    def __init__(self, packed: Tensor, places: Mapping[str, tuple[int, int, int]]) -> None:
+        self.packed, self.places = packed, places
+
+    @cached_property
+    def entries(self) -> dict[str, Coefficients]:
+        """All of them, cut."""
+        parts = iter(self.packed.split([rows * rank for alpha, beta, rank in self.places.values() for rows in (alpha, beta)]))
+        return {
+            layer: Coefficients(next(parts).reshape(alpha, rank), next(parts).reshape(beta, rank))
+            for layer, (alpha, beta, rank) in self.places.items()
+        }
+
+    def __getitem__(self, layer: str) -> Coefficients:
+        return self.entries[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def places_of(order: Sequence[str], layout: Sequence[Sequence[int]]) -> dict[str, tuple[int, int, int]]:
+    """Return (rows of alpha, rows of beta, pseudo-rank) of the layers that a concept changes."""
     if len(layout) != len(order):
         raise IndexError(f"a layout of {len(layout)} layers where there are {len(order)}")
-    coefficients = {}
-    pieces = [rows * rank for alpha, beta, rank in layout for rows in (alpha, beta)]
-    parts = iter(packed.split(pieces))
-    for layer, (alpha, beta, rank) in zip(order, layout, strict=True):
-        both = next(parts), next(parts)
-        if rank:
-            coefficients[layer] = Coefficients(both[0].reshape(alpha, rank), both[1].reshape(beta, rank))
-    return coefficients
+    if any(number < 0 for entry in layout for number in entry):
+        raise IndexError("a layout has a negative size")
+    return {layer: (alpha, beta, rank) for layer, (alpha, beta, rank) in zip(order, layout, strict=True) if rank}
 
 
 def drop_concept(path: str | os.PathLike[str], name: str) -> list[str]:

@@ -144,3 +144,21 @@ def test_a_file_that_nobody_uploaded_is_not_read(server):
     status, text = ask(server, "POST", "/gradio_api/run/predict", body, Content_Type="application/json")
     assert status >= 400 or "error" in text
     assert "root:" not in text
+
+
+def test_more_clients_than_the_queue_holds_wait_or_are_told(client):
+    """Thirty at once: those that fit in the queue are all served, the others hear that it is full."""
+    from app.__main__ import QUEUE
+
+    jobs = [client.submit("a robot", "robot:1", seed, "", 12, 2.0, 64, 64, api_name="/blend") for seed in range(30)]
+    outcomes = []
+    for job in jobs:
+        try:
+            outcomes.append(job.result(timeout=600).endswith(".png"))
+        except Exception as error:  # noqa: BLE001 - the client has a class of its own for every refusal
+            outcomes.append(str(error))
+    served = [outcome for outcome in outcomes if outcome is True]
+    told = [outcome for outcome in outcomes if outcome is not True]
+    assert len(served) >= QUEUE
+    assert told
+    assert all("full" in outcome for outcome in told)
