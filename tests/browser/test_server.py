@@ -155,7 +155,7 @@ def test_more_clients_than_the_queue_holds_wait_or_are_told(client):
     for job in jobs:
         try:
             outcomes.append(job.result(timeout=600).endswith(".png"))
-        except Exception as error:  # noqa: BLE001 - the client has a class of its own for every refusal
+        except Exception as error:
             outcomes.append(str(error))
     served = [outcome for outcome in outcomes if outcome is True]
     told = [outcome for outcome in outcomes if outcome is not True]
