@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import concept
+import states
 import pytest
 import sequence
 import torch
@@ -48,18 +49,18 @@ def test_a_concept_ends_as_file_sheet_and_report(workplace, capsys):
 def test_resumed_equals_uninterrupted(workplace):
     words = ["--concept", "robot", "--output_dir"]
     assert run(*words, "whole") == 0
-    save_state, done = concept.save_state, []
+    save_state, done = states.save_state, []
 
     def stop_after_first(*arguments):
         save_state(*arguments)
         done.append(1)
         raise KeyboardInterrupt
 
-    concept.save_state = stop_after_first
+    states.save_state = stop_after_first
     try:
         assert run(*words, "parts") == 130
     finally:
-        concept.save_state = save_state
+        states.save_state = save_state
     assert not (workplace / "parts/tiny/subspace.safetensors").exists()
     assert run(*words, "parts", "--resume_from_checkpoint", "latest") == 0
     files = [workplace / name / "tiny/subspace.safetensors" for name in ("whole", "parts")]
@@ -110,17 +111,17 @@ def test_resumed_equals_uninterrupted_with_every_switch_that_has_a_state(workpla
     start = (workplace / "mine.safetensors").read_bytes()
     (workplace / "again.safetensors").write_bytes(start)
     assert run(*words, "--output_dir", "whole", "--subspace", "mine.safetensors") == 0
-    save_state = concept.save_state
+    save_state = states.save_state
 
     def stop_after_first(*arguments):
         save_state(*arguments)
         raise KeyboardInterrupt
 
-    concept.save_state = stop_after_first
+    states.save_state = stop_after_first
     try:
         assert run(*words, "--output_dir", "parts", "--subspace", "again.safetensors") == 130
     finally:
-        concept.save_state = save_state
+        states.save_state = save_state
     assert (workplace / "again.safetensors").read_bytes() == start
     words += ["--output_dir", "parts", "--subspace", "again.safetensors", "--resume_from_checkpoint", "latest"]
     assert run(*words) == 0

@@ -14,26 +14,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from flags import ELSEWHERE, ConceptSettings, capacity_of, check, comparable
+from flags import ELSEWHERE, ConceptSettings, check
+from fold import about, finetune, merge, report_of
 from start import Run, open_subspace, parked, places, recipe_of, start, start_learner
+from states import keep_state, resume
 from tqdm import tqdm
-from watch import Watch, check_tracker, forgetting, learned_enough, write_whole
+from watch import Watch, check_tracker, learned_enough, refuse_nan, write_whole
 
 from share_diffusion import storage
-from share_diffusion.adapt import Adaptation, Learner, make_learner
+from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name
-from share_diffusion.checkpoint import find_state, save_state
-from share_diffusion.describe import describe
 from share_diffusion.drawing import save_png
 from share_diffusion.interruption import Interruption
-from share_diffusion.learning import Denoiser, bad_pictures, denoising_loss
+from share_diffusion.learning import Denoiser, denoising_loss
 from share_diffusion.models import family_of
 from share_diffusion.models.texts import too_long
 from share_diffusion.objective import Draw
@@ -45,10 +44,8 @@ from share_diffusion.progress import ProgressFile
 from share_diffusion.schedules import rate_factor
 from share_diffusion.settings import parse
 from share_diffusion.showcase import draw_base, draw_concepts, make_sheet
-from share_diffusion.subspace import Subspace
 
 LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
-MOST_SKIPPED = 20  # steps in a row that fp16's loss scale may overflow
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,146 +227,6 @@ def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None
         accelerator.backward(settings.prior_loss_weight * losses.mean())
     if keeper is not None:
         accelerator.backward(settings.preserve_weight * keeper.loss(model, drawn, index, accelerator.device).mean())
-
-
-def facts_of(run: Run) -> dict[str, Any]:
-    """Return what a checkpoint must share with the run that goes on from it."""
-    return {
-        "data": run.data,
-        "basis_version": run.subspace.basis_version,
-        "settings": comparable(run.settings),
-    }
-
-
-def keep_state(
-    run: Run,
-    step: int,
-    learner: Learner,
-    optimizer: Any,
-    average: Average | None,
-    history: list[float],
-    recorded: list[tuple[int, float]],
-) -> None:
-    """Write a checkpoint."""
-    tensors: dict[str, Any] = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "losses": history}
-    tensors |= {"average": average.state_dict()} if average is not None else {}
-    tensors |= {"validations": recorded} if recorded else {}
-    if run.accelerator.scaler is not None:
-        tensors["scaler"] = run.accelerator.scaler.state_dict()
-    save_state(run.folder, step, tensors, facts_of(run), run.settings.checkpoints_total_limit)
-
-
-def resume(
-    run: Run, learner: Learner, optimizer: torch.optim.Optimizer, average: Average | None
-) -> tuple[int, list[float], list[tuple[int, float]]]:
-    """Restore a checkpoint where one is asked for; refuses one taken with other data or settings."""
-    settings, accelerator = run.settings, run.accelerator
-    if settings.resume_from_checkpoint is None:
-        return 0, [], []
-    automatic = settings.resume_from_checkpoint == "auto"
-    state, notes = find_state(run.folder, "latest" if automatic else settings.resume_from_checkpoint)
-    for note in notes:
-        accelerator.print(f"passed over: {note}")
-    if state is None:
-        if not automatic:
-            accelerator.print(f"no checkpoint in {run.folder}; starting at step 0")
-        return 0, [], []
-    facts = facts_of(run)
-    ours, theirs = facts["settings"], state.facts["settings"]
-    changes = [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs.get(key)]
-    changes += ["the pictures or captions have changed"] if facts["data"] != state.facts["data"] else []
-    changes += ["the subspace file has changed"] if facts["basis_version"] != state.facts["basis_version"] else []
-    if changes and automatic:
-        accelerator.print(f"the checkpoint of step {state.step} is not this run's ({'; '.join(changes)}); starting at step 0")
-        return 0, [], []
-    if changes:
-        raise ValueError(
-            f"cannot resume at step {state.step}: {'; '.join(changes)}. Set them back, or start again without resuming"
-        )
-    learner.load_state_dict(state.tensors["learner"])
-    optimizer.load_state_dict(state.tensors["optimizer"])
-    if average is not None:
-        average.load_state_dict(state.tensors["average"])
-    if accelerator.scaler is not None and "scaler" in state.tensors:
-        accelerator.scaler.load_state_dict(state.tensors["scaler"])
-    accelerator.print(f"resuming after step {state.step}")
-    return state.step, state.tensors["losses"], list(state.tensors.get("validations", []))
-
-
-def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int, skipped: int) -> int:
-    """Stop before the optimizer step when the loss or the gradient is not finite; return how many steps fp16 has skipped."""
-    sound_loss = bool(torch.isfinite(losses).all())
-    if sound_loss and (norm is None or bool(torch.isfinite(torch.as_tensor(norm)))):
-        return 0
-    if sound_loss and run.accelerator.scaler is not None and skipped < MOST_SKIPPED:
-        return skipped + 1  # the loss scale was too high: the scaler passes over the step and lowers it
-    settings = run.settings
-    names = ", ".join(bad_pictures(losses, drawn, run.pictures))
-    raise ValueError(
-        f"the {'gradient' if sound_loss else 'loss'} is not finite at step {step} (pictures: {names}); nothing was changed by "
-        f"this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) or "
-        f"--factor_learning_rate ({settings.factor_learning_rate:g})"
-        + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
-    )
-
-
-def merge(run: Run, subspace: Subspace, learner: Learner) -> Subspace:
-    """Return the subspace with the concept folded in."""
-    name = run.recipe.name
-    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: about(run)})
-
-
-def about(run: Run) -> dict[str, Any]:
-    """Return what the file tells of the concept beside its coefficients."""
-    licence = {"license": run.settings.license} if run.settings.license else {}
-    return {"kind": run.recipe.kind, "trigger": run.recipe.trigger, "details": {"prompts": list(run.recipe.prompts), **licence}}
-
-
-def finetune(run: Run, subspace: Subspace) -> Subspace:
-    """Train the newest concept's coefficients alone, in the merged and now frozen bases."""
-    settings, concept, device = run.settings, subspace[run.recipe.name], run.accelerator.device
-    chosen = {path: run.modules[path] for path in concept.coefficients}
-    bases = {path: subspace.layers[path] for path in chosen}
-    learner = make_learner(chosen, bases, Adaptation("coefficients", concept.pseudo_rank), {}, settings.seed)
-    learner.start_from(concept.coefficients)
-    learner.to(device)
-    rate = settings.learning_rate / 4
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    with Attached(run.pipeline, sorted(chosen)) as attached:
-        model = Denoiser(learner, run.pipeline, attached)
-        for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
-            optimizer.param_groups[0]["lr"] = rate * rate_factor("cosine", step, settings.finetune_steps, 0)
-            drawn = run.draw(3_000_000_000 + step)
-            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device)
-            losses.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.max_grad_norm)
-            refuse_nan(run, losses, norm, drawn, step, MOST_SKIPPED)
-            optimizer.step()
-            optimizer.zero_grad()
-    return subspace.with_coefficients(run.recipe.name, learner.coefficients())
-
-
-def report_of(run: Run, learner: Learner, losses: dict[str, Any], before: Subspace, merged: Subspace) -> dict[str, Any]:
-    """Return everything that a finished run has done, as it is written to report.json."""
-    settings = run.settings
-    report: dict[str, Any] = {
-        "concept": run.recipe.name,
-        "settings": asdict(settings),
-        "losses": losses,
-        "retention": {
-            "before": {name: concept.retention for name, concept in before.concepts.items()},
-            "after": {name: concept.retention for name, concept in merged.concepts.items()},
-        },
-        "earlier": forgetting(before, merged),
-        "trainables": learner.trainables,
-        "lora_trainables": lora_numbers(run.modules, settings.rank),
-    }
-    if settings.patch:
-        size = Path(settings.patch).stat().st_size
-        report["patch"] = {"path": settings.patch, "basis_version": before.basis_version, "bytes": size}
-    else:
-        report["file"] = describe(merged, run.file)
-    return report
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ FREE = {
     "validation_prompt",
     "local_files_only",
     "finetune_steps",
+    "license",
     "instance_data_dir",
     "dataset_config",
     "class_data_dir",

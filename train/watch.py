@@ -13,7 +13,8 @@ from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name
 from share_diffusion.drawing import generate, save_png
-from share_diffusion.learning import Frozen, fixed_noise_loss
+from share_diffusion.learning import Frozen, bad_pictures, fixed_noise_loss
+from share_diffusion.objective import Draw
 from share_diffusion.optimizers import Average
 from share_diffusion.preservation import concept_updates
 from share_diffusion.progress import ProgressFile
@@ -22,6 +23,7 @@ from share_diffusion.showcase import COLUMNS, drawn_concepts
 from share_diffusion.subspace import Subspace
 
 FIXED = 4  # batches of fixed noise
+MOST_SKIPPED = 20  # steps in a row that fp16's loss scale may overflow
 BETTER = 0.99  # a loss below this share of the best so far is progress
 
 
@@ -94,6 +96,23 @@ class Watch:
         pictures = generate(self.run.pipeline, prompts[:COLUMNS], list(range(len(prompts[:COLUMNS]))))
         self.attached.set({})
         return pictures
+
+
+def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int, skipped: int = MOST_SKIPPED) -> int:
+    """Stop before the optimizer step when the loss or the gradient is not finite; return how many steps fp16 has skipped."""
+    sound_loss = bool(torch.isfinite(losses).all())
+    if sound_loss and (norm is None or bool(torch.isfinite(torch.as_tensor(norm)))):
+        return 0
+    if sound_loss and run.accelerator.scaler is not None and skipped < MOST_SKIPPED:
+        return skipped + 1  # the loss scale was too high: the scaler passes over the step and lowers it
+    settings = run.settings
+    names = ", ".join(bad_pictures(losses, drawn, run.pictures))
+    raise ValueError(
+        f"the {'gradient' if sound_loss else 'loss'} is not finite at step {step} (pictures: {names}); nothing was changed by "
+        f"this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) or "
+        f"--factor_learning_rate ({settings.factor_learning_rate:g})"
+        + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
+    )
 
 
 def restore(learner: Learner, before: dict[str, torch.Tensor]) -> None:

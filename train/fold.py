@@ -1,0 +1,80 @@
+"""From what was trained to the subspace that holds it: merge, fine-tuning in the merged bases, and the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flags import capacity_of
+from start import Run
+from tqdm import tqdm
+from watch import forgetting, refuse_nan
+
+from share_diffusion.adapt import Adaptation, Learner, make_learner
+from share_diffusion.attached import Attached
+from share_diffusion.describe import describe
+from share_diffusion.learning import Denoiser, denoising_loss
+from share_diffusion.plan import lora_numbers
+from share_diffusion.schedules import rate_factor
+from share_diffusion.subspace import Subspace
+
+
+def merge(run: Run, subspace: Subspace, learner: Learner) -> Subspace:
+    """Return the subspace with the concept folded in."""
+    name = run.recipe.name
+    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: about(run)})
+
+
+def about(run: Run) -> dict[str, Any]:
+    """Return what the file tells of the concept beside its coefficients."""
+    licence = {"license": run.settings.license} if run.settings.license else {}
+    return {"kind": run.recipe.kind, "trigger": run.recipe.trigger, "details": {"prompts": list(run.recipe.prompts), **licence}}
+
+
+def finetune(run: Run, subspace: Subspace) -> Subspace:
+    """Train the newest concept's coefficients alone, in the merged and now frozen bases."""
+    settings, concept, device = run.settings, subspace[run.recipe.name], run.accelerator.device
+    chosen = {path: run.modules[path] for path in concept.coefficients}
+    bases = {path: subspace.layers[path] for path in chosen}
+    learner = make_learner(chosen, bases, Adaptation("coefficients", concept.pseudo_rank), {}, settings.seed)
+    learner.start_from(concept.coefficients)
+    learner.to(device)
+    rate = settings.learning_rate / 4
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    with Attached(run.pipeline, sorted(chosen)) as attached:
+        model = Denoiser(learner, run.pipeline, attached)
+        for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
+            optimizer.param_groups[0]["lr"] = rate * rate_factor("cosine", step, settings.finetune_steps, 0)
+            drawn = run.draw(3_000_000_000 + step)
+            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device)
+            losses.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.max_grad_norm)
+            refuse_nan(run, losses, norm, drawn, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    return subspace.with_coefficients(run.recipe.name, learner.coefficients())
+
+
+def report_of(run: Run, learner: Learner, losses: dict[str, Any], before: Subspace, merged: Subspace) -> dict[str, Any]:
+    """Return everything that a finished run has done, as it is written to report.json."""
+    settings = run.settings
+    report: dict[str, Any] = {
+        "concept": run.recipe.name,
+        "settings": asdict(settings),
+        "losses": losses,
+        "retention": {
+            "before": {name: concept.retention for name, concept in before.concepts.items()},
+            "after": {name: concept.retention for name, concept in merged.concepts.items()},
+        },
+        "earlier": forgetting(before, merged),
+        "trainables": learner.trainables,
+        "lora_trainables": lora_numbers(run.modules, settings.rank),
+    }
+    if settings.patch:
+        size = Path(settings.patch).stat().st_size
+        report["patch"] = {"path": settings.patch, "basis_version": before.basis_version, "bytes": size}
+    else:
+        report["file"] = describe(merged, run.file)
+    return report
