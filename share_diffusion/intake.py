@@ -1,7 +1,8 @@
 """LoRA files from elsewhere on their way into a subspace: what each is called, what it keeps, and in what order.
 
 Files are read one at a time. Where all of them together are small they are fitted jointly; else each is folded in and
-forgotten before the next is read, so that memory holds one file and the bases, however many files there are.
+forgotten before the next is read, so that memory holds one file and the bases, however many files there are. Where that
+truncated concepts, every file is read once more and its concept told in the final bases, so that nothing adds up.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from share_diffusion.account import Account
-from share_diffusion.basis import Basis
+from share_diffusion.basis import Basis, Coefficients, factor_core, project
 from share_diffusion.capacity import Capacity
 from share_diffusion.concept import KINDS, check_name
 from share_diffusion.lora import LoRA
+from share_diffusion.merge import squared
 from share_diffusion.subspace import Subspace, Weights, normal
 
+SETTLED = 0.999  # a concept that certainly keeps this much stays as it was folded in
 JOINT_LIMIT = 256 * 2**20  # bytes of files that are fitted in one go
 PLAIN_STEMS = ("pytorch_lora_weights", "adapter_model", "pytorch_model", "lora", "model")
 TOLD = ("modelspec.title", "modelspec.author", "modelspec.license", "modelspec.usage_hint", "ss_base_model_version")
@@ -161,7 +164,30 @@ def take_in(
             subspace = subspace.merge(waiting, weights=weights, capacity=capacity, pseudo_rank=pseudo_rank, about=facts)
             waiting, facts = {}, {}
         progress(number, len(found))
-    return subspace, account
+    lossy = [source for source in found if subspace[source.name].retention < SETTLED]
+    return (subspace if joint else settled(subspace, lossy, pseudo_rank)), account
+
+
+def settled(subspace: Subspace, found: Sequence[Source], pseudo_rank: int | None = None) -> Subspace:
+    """Return the subspace with these concepts expressed in its bases anew, each from its own file, read once more.
+
+    What many truncations left of a concept, and the bound of what they lost, give way to the best that the final bases
+    hold of it and to that share itself: retention = sum ||beta.T dW alpha||^2 / ||dW||^2, cut to rank p.
+    """
+    concepts = dict(subspace.concepts)
+    for source in found:
+        lora, held = LoRA.read(source.path), subspace[source.name]
+        coefficients = {}
+        for layer, factors in lora.layers.items():
+            core = project(subspace.layers[layer], factors.up, factors.down)
+            if min(core.shape) == 0:
+                continue
+            entry = factor_core(core, min(pseudo_rank or factors.rank, factors.rank, *core.shape))
+            coefficients[layer] = Coefficients(entry.alpha.float(), entry.beta.float())
+        kept = sum(float(squared(entry)) for entry in coefficients.values())
+        retention = min(1.0, kept / held.norm**2) if held.norm else 1.0
+        concepts[held.name] = replace(held, coefficients=coefficients, retention=retention)
+    return replace(subspace, concepts=concepts)
 
 
 def refuse_taken(subspace: Subspace, found: Sequence[Source]) -> None:

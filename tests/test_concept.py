@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import concept
-import states
 import pytest
 import sequence
+import states
 import torch
 from PIL import Image
 from tiny_models import BUILDERS, save

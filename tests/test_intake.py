@@ -157,6 +157,26 @@ def test_the_trigger_is_read_from_the_file_or_its_sidecar(tmp_path: Path) -> Non
 # Taking in
 
 
+def test_many_truncations_leave_the_best_of_the_final_bases_and_the_truth_about_it(tmp_path: Path, monkeypatch) -> None:
+    """Twelve files into bases of five columns: what is told is what is held, and a joint fit holds hardly more."""
+    loras = {f"c{number}": random_lora(number, 2) for number in range(12)}
+    found = [Source(name, written(tmp_path, name, lora)) for name, lora in loras.items()]
+    joint, _ = take_in(Subspace(), found, Capacity(rank=5))
+    monkeypatch.setattr(intake, "JOINT_LIMIT", 0)
+    streamed, _ = take_in(Subspace(), found, Capacity(rank=5))
+    told = []
+    for name, lora in loras.items():
+        held = streamed.lora(name)
+        missing = sum(
+            float((entry.dense() - held.layers[layer].dense()).double().square().sum()) for layer, entry in lora.layers.items()
+        )
+        assert streamed[name].retention == pytest.approx(1 - missing / lora.norm**2, abs=1e-5)
+        told.append(streamed[name].retention)
+    assert sum(told) > 0.9 * sum(joint[name].retention for name in loras)
+    thin, _ = take_in(Subspace(), found, Capacity(rank=5), pseudo_rank=1)
+    assert {concept.pseudo_rank for concept in thin.concepts.values()} == {1}
+
+
 def test_one_at_a_time_keeps_what_is_asked_as_all_at_once_does(tmp_path: Path, monkeypatch) -> None:
     """Mixed ranks, and layers that are absent in some."""
     loras = {"a": random_lora(0, 1), "b": random_lora(1, 5), "c": random_lora(2, 3)}
