@@ -164,8 +164,10 @@ def take_in(
             subspace = subspace.merge(waiting, weights=weights, capacity=capacity, pseudo_rank=pseudo_rank, about=facts)
             waiting, facts = {}, {}
         progress(number, len(found))
-    lossy = [source for source in found if subspace[source.name].retention < SETTLED]
-    return (subspace if joint else settled(subspace, lossy, pseudo_rank)), account
+    if not joint:
+        lossy = [source for source in found if subspace[source.name].retention < SETTLED]
+        subspace = settled(subspace, lossy, pseudo_rank)
+    return subspace, account
 
 
 def settled(subspace: Subspace, found: Sequence[Source], pseudo_rank: int | None = None) -> Subspace:

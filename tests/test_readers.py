@@ -311,8 +311,11 @@ def test_a_transformers_lora_is_read_where_the_tables_say(name, tmp_path):
     else:
         assert verdicts["kohya", "diffusers"][0] == 0
     kind.load_lora_weights(pipeline, str(tmp_path / "diffusers.safetensors"))
-    adapted = {name for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-               if (module := getattr(pipeline, part, None)) is not None
-               for name in (part for path, _ in module.named_modules() if path.endswith("lora_A"))}  # fmt: skip
+    parts = {
+        part: getattr(pipeline, part, None) for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    }
+    adapted = {
+        part for part, module in parts.items() if module and any(path.endswith("lora_A") for path, _ in module.named_modules())
+    }
     assert t5.rstrip(".") not in adapted
     assert {"transformer", "text_encoder"} <= adapted

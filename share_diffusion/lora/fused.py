@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from share_diffusion.lora.factors import Factors
-from share_diffusion.lora.native import FINAL, FLUX, SD3, Rule, is_final_context
+from share_diffusion.lora.native import FINAL, FLUX, SD3, Rule, in_order
 
 SINGLE = "single_transformer_blocks"
 FLUX_WIDTH = 3072  # of every FLUX.1; no SD 3 is as wide
@@ -63,31 +61,13 @@ def place(module: str, rules: tuple[Rule, ...]) -> tuple[str, Rule, int] | None:
 def fuse(path: str, rule: Rule, parts: Mapping[int, Factors]) -> Factors:
     """One original layer of some of its parts."""
     if len(rule.layers) == 1:
-        (factors,) = parts.values()
-        if rule.swapped or is_final_context(path, factors):
-            factors = replace(factors, up=torch.cat(factors.up.chunk(2)[::-1]))
-        return factors
-    width = next(iter(parts.values())).shape[1]
-    heights = [width] * 3 + [MLP_RATIO * width] * (len(rule.layers) - 3)
-    for number, factors in parts.items():
-        heights[number] = factors.shape[0]
+        return in_order(rule, path, parts[0])
     downs = [factors.down for _, factors in sorted(parts.items())]
-    lost = sum(factors.lost for factors in parts.values())
-    if all(torch.equal(down, downs[0]) for down in downs):
-        ups = [parts[number].up if number in parts else zeros(downs[0], height) for number, height in enumerate(heights)]
-        return Factors(torch.cat(ups), downs[0], lost=lost)
-    rows: list[Tensor] = []
-    before, rank = 0, sum(down.shape[0] for down in downs)
-    for number, height in enumerate(heights):
-        row = downs[0].new_zeros(height, rank)
-        if number in parts:
-            up = parts[number].up
-            row[:, before : before + up.shape[1]] = up
-            before += up.shape[1]
-        rows.append(row)
-    return Factors(torch.cat(rows), torch.cat(downs), lost=lost)
-
-
-def zeros(down: Tensor, height: int) -> Tensor:
-    """The `up` of a part that nothing changes."""
-    return down.new_zeros(height, down.shape[0])
+    one_side = all(torch.equal(down, downs[0]) for down in downs)
+    width = downs[0].shape[1]
+    heights = [width] * 3 + [MLP_RATIO * width] * (len(rule.layers) - 3)
+    absent = downs[0].shape[0] if one_side else 0  # columns that rows of zeros need
+    ups = [parts[n].up if n in parts else downs[0].new_zeros(height, absent) for n, height in enumerate(heights)]
+    up = torch.cat(ups) if one_side else torch.block_diag(*ups)
+    down = downs[0] if one_side else torch.cat(downs)
+    return Factors(up, down, lost=sum(factors.lost for factors in parts.values()))

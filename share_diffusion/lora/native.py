@@ -121,10 +121,15 @@ def apart(layer: str, factors: Factors) -> dict[str, Factors]:
     for rule in RULES if component in ("unet", "transformer") else ():
         if match := re.fullmatch(rule.path, path):
             names = [f"{component}.{match.expand(name)}" for name in rule.layers]
-            if rule.swapped or is_final_context(path, factors):
-                factors = replace(factors, up=torch.cat(factors.up.chunk(2)[::-1]))
-            return dict(zip(names, rows_of(factors, len(names)), strict=True))
+            return dict(zip(names, rows_of(in_order(rule, path, factors), len(names)), strict=True))
     return {f"{component}.{path}": factors}
+
+
+def in_order(rule: Rule, path: str, factors: Factors) -> Factors:
+    """The factors with the halves of their output exchanged where the two spellings differ in that; its own inverse."""
+    if rule.swapped or is_final_context(path, factors):
+        return replace(factors, up=torch.cat(factors.up.chunk(2)[::-1]))
+    return factors
 
 
 def is_final_context(path: str, factors: Factors) -> bool:

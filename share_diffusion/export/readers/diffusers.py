@@ -23,7 +23,7 @@ def lora(key: str, family: Family) -> str | None:
     stem, ending = keys.apart(key)
     if not ending:
         return "no LoRA matrix by its ending"
-    if stem.startswith(T5.get(family.name, ("\0",))):
+    if stem.startswith(T5.get(family.name, ())):
         return "it loads no LoRA into T5"
     if not stem.startswith("lora_"):
         return None if stem.partition(".")[0] in COMPONENTS else "no component of a pipeline by its first word"
