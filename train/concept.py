@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from flags import ELSEWHERE, ConceptSettings, check
 from fold import about, finetune, merge, report_of
+from machines import accelerator_of, keeps_states
 from start import Run, open_subspace, parked, places, recipe_of, start, start_learner
 from states import keep_state, resume
 from tqdm import tqdm
@@ -72,13 +72,7 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     check_tracker(settings.report_to)
     folder, file = places(settings, recipe_of(settings))
     torch.use_deterministic_algorithms(settings.deterministic)
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        cpu=settings.cpu,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_dir=folder / settings.logging_dir,
-    )
+    accelerator = accelerator_of(settings, folder)
     run = start(settings, accelerator)
     recipe, pipeline, subspace = run.recipe, run.pipeline, run.subspace
     with Attached(pipeline, sorted(run.modules)) as attached:
@@ -196,7 +190,7 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
                 watch.validate(step + 1, recorded)
             done = learned_enough(recorded, settings.early_stop)
             due = (step + 1) % settings.checkpointing_steps == 0 or interruption.wanted
-            if due and accelerator.is_main_process:
+            if due and accelerator.is_main_process and keeps_states(accelerator):
                 keep_state(run, step + 1, learner, optimizer, average, history, recorded)
             if interruption.wanted:
                 bar.close()
