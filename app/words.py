@@ -163,7 +163,7 @@ class Words:
     def lesson(self, state: str, step: int, steps: int, problem: str) -> str:
         """Say how a lesson stands."""
         return {
-            "starting": "Loading the base, reading the gradient …",
+            "starting": "Loading the base …",
             "learning": f"Step {step} of {steps}",
             "merging": "Merging into the subspace …",
             "done": "Learned. Its card is under Draw.",

@@ -33,8 +33,8 @@ SKETCH = 16  # columns of the random sketch of a gradient
 class Adaptation:
     """How a concept is learned: `mode`, p = `pseudo_rank`, phi = `temporary_rank`, r = `rank` of an ordinary LoRA."""
 
-    mode: str = "gradient"
-    pseudo_rank: int = 4
+    mode: str = "coefficients"
+    pseudo_rank: int = 2
     temporary_rank: int = 4
     rank: int = 8
 

@@ -29,8 +29,10 @@ from share_diffusion.picture_set import PictureSet, prepare_pictures
 from share_diffusion.recipe import default_trigger
 from share_diffusion.schedules import rate_factor
 from share_diffusion.step import draw_step
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Origin, Subspace
 
+TARGETS = "attention+ff+conv"  # the layers that are adapted where nothing else is asked for
+ORIGIN = Origin("random", 48)  # of a new subspace: columns that a seed gives back, and that no file has to hold
 LOOK = 1_000_000_000  # steps that look at the gradient are numbered from here, apart from those that train
 
 
@@ -45,7 +47,7 @@ def adapt(
     subspace: Subspace | None = None,
     adaptation: Adaptation | None = None,
     capacity: Capacity | None = None,
-    targets: str = "attention+ff",
+    targets: str = TARGETS,
     train_text_encoder: bool = True,
     resolution: int | None = None,
     steps: int = 400,
@@ -64,7 +66,8 @@ def adapt(
     dataset = data if isinstance(data, Dataset) else read_dataset(data, trigger=word, instance_prompt=instance_prompt)
     pictures = prepare_pictures(pipeline, dataset, resolution or family_of(pipeline).native_resolution(pipeline))
     subspace = opened(pipeline, subspace, targets, train_text_encoder)
-    with learning(pipeline, subspace, pictures, adaptation or Adaptation(), targets, train_text_encoder, batch, seed) as parts:
+    chosen = adaptation or Adaptation(mode_for(subspace))
+    with learning(pipeline, subspace, pictures, chosen, targets, train_text_encoder, batch, seed) as parts:
         learner, model = parts
         groups = learner.parameter_groups(learning_rate, factor_learning_rate)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
@@ -87,16 +90,21 @@ def adapt(
 
 
 def opened(
-    pipeline: Any, subspace: Subspace | None = None, targets: str = "attention+ff", train_text_encoder: bool = True
+    pipeline: Any, subspace: Subspace | None = None, targets: str = TARGETS, train_text_encoder: bool = True
 ) -> Subspace:
     """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted."""
     modules = select(pipeline, targets, train_text_encoder)
     identity = identify(pipeline, Path(str(getattr(pipeline.config, "_name_or_path", ""))).name or "base")
-    held = subspace or Subspace(base=identity)
+    held = subspace or Subspace(base=identity, origin=ORIGIN)
     if mismatch := held.base.mismatch(identity):
         raise ValueError(f"wrong base: {mismatch}; load that base")
     weights = {path: weight_of(module) for path, module in modules.items()}
     return held.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+
+
+def mode_for(subspace: Subspace) -> str:
+    """Return how a concept extends a subspace: by coefficients alone where the columns cost nothing, else by new columns."""
+    return "gradient" if subspace.origin.kind == "adapters" else "coefficients"
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def learning(
     subspace: Subspace,
     pictures: PictureSet,
     adaptation: Adaptation,
-    targets: str = "attention+ff",
+    targets: str = TARGETS,
     train_text_encoder: bool = True,
     batch: int = 8,
     seed: int = 0,

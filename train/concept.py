@@ -4,8 +4,8 @@
     accelerate launch train/concept.py --concept mycat --kind subject \\
         --instance_data_dir photos/ --instance_prompt "a photo of mycat"
 
-One run, top to bottom: find the concept and its pictures, load the frozen base and the subspace so far, read new
-directions off the gradient, train a few coefficients, merge, write the file, draw a contact sheet, write a report.
+One run, top to bottom: find the concept and its pictures, load the frozen base and the subspace so far, train a few
+coefficients, merge, write the file, draw a contact sheet, write a report.
 The file changes in one step at the end; whatever happens before leaves every earlier concept as it was.
 """
 
@@ -130,7 +130,7 @@ def plan_of(run: Run, learner: Learner, seconds: float) -> str:
     cut = len(too_long(family_of(run.pipeline), run.pipeline, list(run.pictures.captions)))
     base, held = settings.pretrained_model_name_or_path, list(run.subspace.concepts)
     file = Path(settings.patch or run.file)
-    text = plan(run.recipe, run.dataset, run.pipeline, base, held, learner, settings.adaptation, lora, steps, cut, file)
+    text = plan(run.recipe, run.dataset, run.pipeline, base, held, learner, run.adaptation, lora, steps, cut, file)
     sizes = sorted({size: run.pictures.buckets.count(size) for size in run.pictures.buckets}.items())
     buckets = ", ".join(f"{count} at {width} x {height}" for (height, width), count in sizes)
     epochs = run.steps * effective / len(run.pictures)

@@ -12,11 +12,13 @@ import torch
 from share_diffusion.adapt import MODES
 from share_diffusion.capacity import Capacity, parse_bytes
 from share_diffusion.captions import Variation
+from share_diffusion.loop import ORIGIN, TARGETS
 from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
+from share_diffusion.subspace import Origin
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -68,16 +70,21 @@ class ConceptSettings:
     num_class_images: int = flag(100, "how many pictures of the class there should be")
     prior_loss_weight: float = flag(1.0, "weight of their loss")
     # what trains
-    adaptation: str = flag("gradient", "what trains", choices=MODES)
-    pseudo_rank: int = flag(4, "rank of the concept inside the subspace (p)")
+    adaptation: str | None = flag(
+        None, "what trains (default: coefficients, or gradient in a file whose basis comes from adapters)", choices=MODES
+    )
+    pseudo_rank: int = flag(2, "rank of the concept inside the subspace (p)")
     temporary_rank: int = flag(4, "new directions per layer (phi)")
     rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
-    basis: str = flag("adapters", "where a new subspace's first columns come from", choices=("adapters", "weights", "random"))
-    derived_rank: int = flag(8, "columns taken from the base's weights or a seed, with --basis weights or random")
+    basis: str | None = flag(
+        None, "where a new subspace's first columns come from (default: random, or adapters for modes that make columns)",
+        choices=("adapters", "weights", "random"),
+    )  # fmt: skip
+    derived_rank: int = flag(ORIGIN.rank, "columns taken from the base's weights or a seed, with --basis weights or random")
     basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
     budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")
     retain: float = flag(0.999, "share of the new concept's energy that the merge keeps")
-    targets: str = flag("attention+ff", "layers: attention, attention+ff, all-linear or a regular expression")
+    targets: str = flag(TARGETS, "layers: attention, attention+ff, attention+ff+conv, all-linear or a regular expression")
     train_text_encoder: bool = flag(True, "adapt the text encoder's layers as well")
     # the objective
     prediction_type: str | None = flag(None, "what a diffusion base predicts, where its config is wrong",
@@ -231,6 +238,13 @@ def variation_of(settings: ConceptSettings) -> Variation:
     return Variation(
         settings.caption_dropout_rate, settings.shuffle_caption, settings.keep_tokens, settings.caption_tag_dropout_rate
     )
+
+
+def origin_of(settings: ConceptSettings) -> Origin:
+    """Return where a new subspace's first columns come from."""
+    makes_columns = settings.adaptation not in (None, "coefficients")
+    kind = settings.basis or ("adapters" if makes_columns else ORIGIN.kind)
+    return Origin(kind, settings.derived_rank if kind != "adapters" else 0, settings.seed if kind == "random" else 0)
 
 
 def check(settings: ConceptSettings) -> ConceptSettings:

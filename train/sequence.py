@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from concept import learn
-from flags import ELSEWHERE, ConceptSettings, capacity_of
+from flags import ELSEWHERE, ConceptSettings, capacity_of, origin_of
 from start import subspace_file
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
 
 def base_weights(settings: SequenceSettings, file: Path) -> dict[str, Tensor] | None:
     """Return the base's weights where the file's basis comes from them."""
-    kind = storage.read_header(file).metadata["origin"]["kind"] if file.exists() else settings.basis
+    kind = storage.read_header(file).metadata["origin"]["kind"] if file.exists() else origin_of(settings).kind
     if kind != "weights":
         return None
     return weights_of(load_base(settings.pretrained_model_name_or_path, local_files_only=settings.local_files_only))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from flags import PRECISIONS, ConceptSettings, objective_of, variation_of
+from flags import PRECISIONS, ConceptSettings, objective_of, origin_of, variation_of
 from torch import nn
 
 from share_diffusion import loop
@@ -33,7 +33,7 @@ from share_diffusion.picture_set import Framing, PictureSet, prepare_pictures
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.step import draw_step
 from share_diffusion.subsets import read_subsets
-from share_diffusion.subspace import Origin, Subspace
+from share_diffusion.subspace import Subspace
 from share_diffusion.world.render import render_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +55,11 @@ class Run:
     data: str  # a digest of all pictures and captions
     modules: dict[str, nn.Module]
     subspace: Subspace
+
+    @property
+    def adaptation(self) -> str:
+        """What trains."""
+        return self.settings.adaptation or loop.mode_for(self.subspace)
 
     @property
     def batch(self) -> int:
@@ -265,8 +270,7 @@ def open_subspace(
     identity = identify(pipeline, base_name(settings.pretrained_model_name_or_path))
     weights = {path: weight_of(module) for path, module in modules.items()}
     if not file.exists():
-        rank = 0 if settings.basis == "adapters" else settings.derived_rank
-        empty = Subspace(base=identity, origin=Origin(settings.basis, rank, settings.seed if settings.basis == "random" else 0))
+        empty = Subspace(base=identity, origin=origin_of(settings))
         return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
     subspace = Subspace.load(file, weights)
     if mismatch := subspace.base.mismatch(identity):
@@ -282,7 +286,7 @@ def open_subspace(
 def start_learner(run: Run, attached: Attached) -> tuple[Learner, float]:
     """Return what will train, and the seconds that one forward and backward pass took."""
     settings, accelerator = run.settings, run.accelerator
-    adaptation = Adaptation(settings.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
+    adaptation = Adaptation(run.adaptation, settings.pseudo_rank, settings.temporary_rank, settings.rank)
     frozen, started, passes = Frozen(run.pipeline), time.perf_counter(), []
 
     def loss(index: int) -> torch.Tensor:

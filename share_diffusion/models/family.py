@@ -53,6 +53,7 @@ class Family:
     owns: Callable[[Any], bool]  # whether a pipeline is of this family, told from its parts
     attention: str  # regular expression of the attention's layers, searched in whole paths
     feed_forward: str  # the same for the layers that the preset `attention+ff` adds
+    convolution: str  # the same for those that `attention+ff+conv` adds; "" where the denoiser has none
     readers: Callable[[Any], dict[str, Reader]]  # text encoders that are present, by component, in order
     encode_text: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]  # inputs -> states (and pooled), with gradients
     predict: Callable[[Any, Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # noisy, times, conditioning -> like noisy
@@ -75,5 +76,7 @@ class Family:
         return (self.denoiser, *self.readers(pipeline))
 
     def targets(self) -> dict[str, str]:
-        """Return the presets of layers as regular expressions of paths; only linear layers are meant."""
-        return {"attention": self.attention, "attention+ff": f"{self.attention}|{self.feed_forward}", "all-linear": ""}
+        """Return the presets of layers as regular expressions of paths."""
+        blocks = f"{self.attention}|{self.feed_forward}"
+        more = f"{blocks}|{self.convolution}" if self.convolution else blocks
+        return {"attention": self.attention, "attention+ff": blocks, "attention+ff+conv": more, "all-linear": ""}

@@ -15,7 +15,7 @@ from share_diffusion.layer import ShareLayer
 from share_diffusion.lora.names import COMPONENTS
 from share_diffusion.models import family_of
 
-PRESETS = ("attention", "attention+ff", "all-linear")
+PRESETS = ("attention", "attention+ff", "attention+ff+conv", "all-linear")
 
 
 def components(pipeline: Any) -> dict[str, nn.Module]:
@@ -54,20 +54,22 @@ def parent_of(pipeline: Any, path: str) -> tuple[nn.Module, str]:
 def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True) -> dict[str, nn.Module]:
     """Return the layers that a preset of the base's family or a regular expression chooses.
 
-    Presets (`attention`, `attention+ff`, `all-linear`) leave out what cannot influence a picture. A regular expression
-    is searched in the whole path. Raises ValueError when it is not one or chooses nothing.
+    Presets (`attention`, `attention+ff`, `attention+ff+conv`, `all-linear`) leave out what cannot influence a picture; only
+    the third has convolutions, where the denoiser has any. A regular expression is searched in the whole path. Raises
+    ValueError when it is not one or chooses nothing.
     """
     if targets in PRESETS:
         family = family_of(pipeline)
         pattern, idle = re.compile(family.targets()[targets]), family.idle(pipeline)
     else:
         pattern, idle = expression(targets), None
+    kinds = (nn.Linear, nn.Conv2d) if targets == "attention+ff+conv" else nn.Linear
     chosen = {
         path: module
         for path, module in layers(pipeline).items()
         if pattern.search(path)
         and (text_encoder or not path.startswith("text_encoder"))
-        and (idle is None or (isinstance(getattr(module, "base", module), nn.Linear) and not path.startswith(idle)))
+        and (idle is None or (isinstance(getattr(module, "base", module), kinds) and not path.startswith(idle)))
     }
     if not chosen:
         examples = ", ".join(list(layers(pipeline))[:3])

@@ -88,6 +88,7 @@ FAMILY = Family(
     owns=owns,
     attention=f"{targets.UNET_ATTENTION}|{targets.CLIP_ATTENTION}",
     feed_forward=f"{targets.UNET_FEED_FORWARD}|{targets.CLIP_FEED_FORWARD}",
+    convolution=targets.UNET_CONVOLUTION,
     readers=readers,
     encode_text=encode_text,
     predict=predict,

@@ -2,6 +2,7 @@
 
 UNET_ATTENTION = r"attn[12]\.(to_[qkv]|to_out\.0)$"
 UNET_FEED_FORWARD = r"ff\.net\.(0\.proj|2)$"
+UNET_CONVOLUTION = r"resnets\.\d+\.conv[12]$|attentions\.\d+\.proj_(in|out)$"
 TRANSFORMER_ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
 TRANSFORMER_FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
 CLIP_ATTENTION = r"self_attn\.(q|k|v|out)_proj$"

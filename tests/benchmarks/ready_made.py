@@ -2,12 +2,12 @@
 
     python tests/benchmarks/ready_made.py
 
-The file was learned, in this order and with the defaults, by
+The file was learned, with the defaults, by
 
-    python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --no-sheet
+    python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --workers 2 --no-sheet
 
-and is `outputs/tiny/subspace.safetensors` of that run. Its bases only ever gained columns, so that every concept is, to the
-bit, what it was when it was learned. Writes results/ready_made.json, and results/ready_made.png: each concept's own sample
+and is `outputs/tiny/subspace.safetensors` of that run. Its bases come from a seed, so that every concept is, to the bit, what
+it was when it was learned. Writes results/ready_made.json, and results/ready_made.png: each concept's own sample
 prompts at the same seeds, with the untouched base and then with the concept.
 """
 

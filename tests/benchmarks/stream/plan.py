@@ -71,6 +71,7 @@ class Plan:
     orders: int = 1
     seeds: int = 1
     base: str = "tiny"
+    targets: str = "attention+ff+conv"  # the layers that every method adapts
     training: Training = field(default_factory=Training)
     measures: Measures = field(default_factory=Measures)
     gates: Gates = field(default_factory=Gates)
@@ -95,7 +96,7 @@ class Plan:
         """Return eight hexadecimal digits of everything that a method's cells depend on."""
         own = {key: value for key, value in self.methods[method].items() if key not in METHOD_KEYS}
         own["kind"] = self.methods[method]["kind"]
-        whole = [self.base, self.concepts, vars(self.training), vars(self.measures), own]
+        whole = [self.base, self.targets, self.concepts, vars(self.training), vars(self.measures), own]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
 

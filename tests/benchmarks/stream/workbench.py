@@ -79,12 +79,16 @@ class Workbench:
         freeze(self.pipeline)
         self.judge = Judge.load()
         self.identity = identify(self.pipeline, plan.base)
-        self.modules = select(self.pipeline)
+        self.modules = select(self.pipeline, plan.targets)
         self.shapes = {path: shape_of(module) for path, module in self.modules.items()}
         self.weights = {path: weight_of(module).cpu() for path, module in self.modules.items()}
-        self.attached = Attached(self.pipeline, sorted(self.modules))
+        self.attach()
         self.memory = Memory(folder / "measured.jsonl")
         self.materials, self.held_out = cache(self._materials), cache(self._held_out)
+
+    def attach(self) -> None:
+        """Wrap the layers that are adapted."""
+        self.attached = Attached(self.pipeline, sorted(self.modules))
 
     def _materials(self, *parts: tuple[str, int | None]) -> Materials:
         """Return the training pictures of one concept or several, all of each or the first few."""
@@ -202,7 +206,7 @@ class Workbench:
             data, batch = self.held_out(concept), self.plan.measures.batch
             draws = [self.draw(data, batch, 123, step) for step in range(self.plan.measures.held_out // batch)]
             loss = fixed_noise_loss(Frozen(self.pipeline), self.pipeline, data, draws, self.device)
-        self.attached = Attached(self.pipeline, sorted(self.modules))
+        self.attach()
         return loss
 
     def seen(self, lora: LoRA | None, concept: str, picture: Path | None = None) -> Seen:
