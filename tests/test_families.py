@@ -433,3 +433,28 @@ def test_sampling_defaults_and_names_for_files(pipelines):
 def test_builders_give_the_same_weights_every_time():
     first, second = build_sd3(), build_sd3()
     assert identify(first).mismatch(identify(second)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_compiled_denoiser_learns_what_a_plain_one_learns(workplace, pipelines, name, monkeypatch):
+    """Traced as torch.compile traces it, in a few graphs that later steps use again; what inductor makes of them is its own."""
+    graphs, compiling = [], nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compiling(self, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    )
+    base = save(pipelines[name], workplace / "base")
+    (workplace / "photos").mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (120 * number, 90, 160)).save(workplace / f"photos/{number}.png")
+    words = ["--base", str(base), "--instance_data_dir", "photos", "--instance_prompt", "a photo of [trigger]"]
+    words += ["--max_train_steps", "4", "--train_batch_size", "2", "--gradient_batches", "1", "--resolution", "32"]
+    words += ["--concept", "mycat", "--no-sheet", "--cpu", "--local_files_only"]
+    loras = []
+    for way in ("plain", "compiled"):
+        more = ["--torch_compile"] if way == "compiled" else []
+        assert concept.main([*words, *more, "--subspace", f"{way}.safetensors"]) == 0
+        loras.append(Subspace.load(workplace / f"{way}.safetensors").lora("mycat"))
+    assert 0 < len(graphs) <= 8
+    apart = sum((loras[0].layers[path].dense() - loras[1].layers[path].dense()).square().sum() for path in loras[0].layers)
+    assert apart.sqrt() < 0.02 * loras[0].norm

@@ -9,7 +9,7 @@ finished LoRAs reuses the same ones, and so does every stream whose first concep
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,13 +33,26 @@ def own_lora(
     """Return a concept's own LoRA and what it took, trained where there is none yet."""
     training = bench.plan.training
     rank, rate = rank or training.rank, rate or training.lora_rate
-    mark = f"{training.steps}x{training.batch}-rate{rate:g}-rank{rank}-seed{seed}"
+
+    def train() -> tuple[LoRA, Lesson]:
+        learner = make_learner(bench.modules, {}, Adaptation("lora", rank=rank), {}, seed)
+        lesson = bench.teach(learner, concept, bench.lessons(concept, seed), (training.rate, rate))
+        return learner.lora(), lesson
+
+    return kept(bench, f"lora-rate{rate:g}-rank{rank}-seed{seed}", concept, train, torch.float16)
+
+
+def kept(
+    bench: Workbench, way: str, concept: str, train: Callable[[], tuple[LoRA, Lesson]], dtype: torch.dtype = torch.float32
+) -> tuple[LoRA, Lesson]:
+    """Return what a lesson gave that depends on nothing but its concept and `way`, learned where there is none yet."""
+    training = bench.plan.training
+    mark = f"{bench.plan.targets}-{training.steps}x{training.batch}-{way}"
     file = bench.folder / "loras" / mark / f"{concept}.safetensors"
     if not file.with_suffix(".json").exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        learner = make_learner(bench.modules, {}, Adaptation("lora", rank=rank), {}, seed)
-        lesson = bench.teach(learner, concept, bench.lessons(concept, seed), (training.rate, rate))
-        learner.lora().write(file)
+        lora, lesson = train()
+        lora.write(file, dtype=dtype)
         file.with_suffix(".json").write_text(json.dumps(asdict(lesson)))
     facts = json.loads(file.with_suffix(".json").read_text())
     curve = {int(step): loss for step, loss in facts["curve"].items()}

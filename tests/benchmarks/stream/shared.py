@@ -23,7 +23,7 @@ from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.subspace import Origin, Subspace
-from stream.separate import own_lora
+from stream.separate import kept, own_lora
 from stream.workbench import Lesson, Workbench
 
 FILE = "subspace.safetensors"
@@ -65,6 +65,11 @@ class ShareStream:
         seed = self.seed + 1_000 * number if self.own_seeds else self.seed
         if mode == "lora" and self.text_encoder:
             lora, lesson = own_lora(self.bench, concept, seed)
+        elif mode == "coefficients" and not self.learned_columns():  # then neither order nor earlier concepts have a say
+            origin = self.subspace.origin
+            basis = f"{origin.kind}-{origin.rank}-{origin.seed}"
+            way = f"{basis}-p{self.ranks[0]}-rate{self.rate:g}-text{self.text_encoder:d}-seed{seed}"
+            lora, lesson = kept(self.bench, way, concept, lambda: self.adapt(concept, mode, seed))
         else:
             lora, lesson = self.adapt(concept, mode, seed)
         started = time.perf_counter()
@@ -75,6 +80,11 @@ class ShareStream:
         self.through_file()
         self.added = stored(self.subspace) - before
         return lesson
+
+    def learned_columns(self) -> bool:
+        """Whether a basis has columns that neither a seed nor the base's weights give."""
+        derived = self.subspace.fixed
+        return any(basis.rank != derived[path] for path, basis in self.subspace.layers.items())
 
     def adapt(self, concept: str, mode: str, seed: int) -> tuple[LoRA, Lesson]:
         """Train a concept in the bases as they are and return it as an ordinary LoRA."""
