@@ -236,10 +236,11 @@ def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_later_concepts_leave_earlier_ones_bit_identical(workplace):
-    assert run("--concept", "watercolor") == 0
+@pytest.mark.parametrize("way", [[], ["--adaptation", "gradient"]], ids=["default", "gradient"])
+def test_later_concepts_leave_earlier_ones_bit_identical(workplace, way):
+    assert run("--concept", "watercolor", *way) == 0
     first = Subspace.load(file_of(workplace))
-    assert run("--concept", "robot") == 0
+    assert run("--concept", "robot", *way) == 0
     second = Subspace.load(file_of(workplace))
     assert list(second.concepts) == ["watercolor", "robot"]
     for layer, entry in first["watercolor"].coefficients.items():
@@ -247,6 +248,18 @@ def test_later_concepts_leave_earlier_ones_bit_identical(workplace):
         width = first.layers[layer].rank[0]
         assert torch.equal(first.layers[layer].alpha, second.layers[layer].alpha[:, :width])
     assert second["robot"].kind == "subject"
+
+
+def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace):
+    for file, names in (("one", ("watercolor", "robot")), ("two", ("robot", "watercolor"))):
+        for name in names:
+            assert run("--concept", name, "--subspace", f"{file}.safetensors") == 0
+    one, two = (Subspace.load(workplace / f"{file}.safetensors") for file in ("one", "two"))
+    for name in one.concepts:
+        assert one[name].retention > 0.9999
+        for layer, entry in one[name].coefficients.items():
+            assert torch.equal(entry.alpha, two[name].coefficients[layer].alpha)
+            assert torch.equal(entry.beta, two[name].coefficients[layer].beta)
 
 
 @pytest.mark.parametrize("mode", MODES)
