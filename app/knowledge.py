@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from share_diffusion.describe import BYTES, describe, lora_bytes
+from share_diffusion.describe import BYTES, break_even, describe, lora_bytes
 from share_diffusion.models.blocks import block_groups
 from share_diffusion.subspace import Subspace
 
@@ -135,8 +135,7 @@ def byte_facts(subspace: Subspace, path: Path) -> dict[str, Any]:
     count = max(1, len(subspace.concepts))
     separate = sum(lora_bytes(subspace, name) for name in subspace.concepts)
     mean = sum(BYTES * concept.numbers for concept in subspace.concepts.values()) / count
-    saved = separate / count - mean
-    enough = math.ceil(facts["basis"] / saved) if saved > 0 else None
+    enough = break_even(facts["basis"], separate / count - mean)
     return facts | {"per_concept_mean": mean, "as_separate_loras": separate, "break_even_concepts": enough}
 
 

@@ -142,7 +142,8 @@ class Words:
             f"A further concept costs {facts['per_concept_mean']:,.0f} bytes and the columns it adds. This file has "
             f"{facts['total']:,}; the same concepts as separate LoRAs of the same ranks have {facts['as_separate_loras']:,}."
         )
-        return f"{text} The file is the smaller one from {many:,} concepts on." if many else text
+        smaller = "the first concept" if many == 1 else f"{many:,} concepts"
+        return f"{text} The file is the smaller one from {smaller} on." if many else text
 
     def overlaps(self, one: str, other: str, cosine: float, advice: str) -> str:
         """Say before drawing that two concepts overlap."""

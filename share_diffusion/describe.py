@@ -18,6 +18,11 @@ from share_diffusion.subspace import Subspace
 BYTES = 2  # of one number in the file
 
 
+def break_even(basis: int, saved: float) -> int | None:
+    """Return from how many concepts on a basis of so many bytes pays, at so many bytes saved a concept; None: never."""
+    return max(1, math.ceil(basis / saved)) if saved > 0 else None
+
+
 def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return everything that `show --json` prints; with more than 256 concepts there is no overlap matrix."""
     fixed = subspace.fixed
@@ -53,7 +58,7 @@ def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]
             "per_concept_mean": round(mean, 1),
             "total": Path(path).stat().st_size,
             "as_separate_loras": sum(loras),
-            "break_even_concepts": math.ceil(basis / saved) if saved > 0 else None,
+            "break_even_concepts": break_even(basis, saved),
         },
         "concepts": concepts,
         "overlap": [[round(value, 4) for value in row] for row in subspace.overlap().tolist()] if len(concepts) <= MOST else [],
@@ -86,13 +91,14 @@ def table(facts: dict[str, Any]) -> str:
             f"  {entry['retention']:>9.4f}  {entry['bytes']:>9,}{effect(entry['functional_retention'])}"
         )
     many = sizes["break_even_concepts"]
+    smaller = "the first concept" if many == 1 else f"{many} concepts"
     lines += [
         "",
         f"shared basis         {sizes['basis']:>12,} bytes",
         f"a further concept    {sizes['per_concept_mean']:>12,.0f} bytes, plus the columns it adds to the basis",
         f"whole file           {sizes['total']:>12,} bytes",
         f"as separate LoRAs    {sizes['as_separate_loras']:>12,} bytes (same ranks, same precision)",
-        f"smaller than those   {'from ' + str(many) + ' concepts on' if many else 'never at this size'}",
+        f"smaller than those   {'from ' + smaller + ' on' if many else 'never at this size'}",
     ]
     if 1 < len(facts["concepts"]) <= 24:
         lines += ["", "overlap (cosine of the concepts' updates)", *overlap_lines(facts, width)]

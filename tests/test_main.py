@@ -12,7 +12,7 @@ from share_diffusion.drawing import read_settings
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.identity import identify
 from share_diffusion.models.layers import select, shape_of
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Origin, Subspace
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,19 @@ def test_show_prints_a_page(file, capsys):
     assert "shared basis" in said
     assert "overlap" in said
     assert "robot       subject" in said
+
+
+def test_a_basis_of_a_seed_makes_the_file_the_smaller_one_from_the_first_concept_on(tmp_path, capsys):
+    empty = Subspace(origin=Origin("random", 8)).cover({"unet.a": ((64, 64), None)})
+    basis = empty.layers["unet.a"]
+    lora = LoRA({"unet.a": Factors(basis.beta @ torch.randn(8, 2), torch.randn(2, 8) @ basis.alpha.T)})
+    file = tmp_path / "one.safetensors"
+    empty.merge({"watercolor": lora}).save(file)
+    assert main(["show", str(file)]) == 0
+    assert "from the first concept on" in capsys.readouterr().out
+    assert main(["show", str(file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["bytes"]
+    assert (facts["basis"], facts["break_even_concepts"]) == (0, 1)
 
 
 def test_generate_is_reproducible_and_its_png_tells_how(file, tmp_path, capsys):

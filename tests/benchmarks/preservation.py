@@ -48,7 +48,7 @@ from share_diffusion.subspace import Subspace  # noqa: E402
 from share_diffusion.world.render import render  # noqa: E402
 
 RESULT = HERE / "results" / "preservation.json"
-WEIGHTS = (0.0, 0.1, 1.0, 10.0)
+WEIGHTS = (0.0, 1.0, 10.0)
 SAMPLING = Sampling(steps=25, guidance_scale=2.0)
 
 
