@@ -17,6 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 READY_MADE = ROOT / "share_diffusion" / "assets" / "concepts.safetensors"
 FOLDER = ROOT / "app" / "screenshots"
+PROMPT, SEED = "watercolor painting of a robot on a beach", 11
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -38,6 +39,9 @@ def draw(view: Page, names: list[str], count: int) -> None:
     for name in names:
         view.locator(f"#cards button[data-id={name}]").click()
         view.wait_for_selector(f"#mixer li .chip[aria-label='Take {name} out']")
+    view.locator("#prompt textarea").fill(PROMPT)
+    view.locator("#fresh-seed input").uncheck()
+    view.locator("#seed input").fill(str(SEED))
     view.locator("#count input").fill(str(count))
     view.locator("#count input").press("Enter")
     view.click("#draw")
@@ -52,7 +56,8 @@ def take(server: Server, names: list[str]) -> None:
         view = chromium.new_context(viewport=WIDE).new_page()
         view.set_default_timeout(300_000)
         view.goto(server.address)
-        view.wait_for_function("count => document.querySelectorAll('#cards img').length >= count", arg=len(names))
+        view.wait_for_selector("#cards button")
+        view.wait_for_function("() => [...document.querySelectorAll('#cards button')].every(card => card.querySelector('img'))")
         draw(view, names[:2], 1)
         keep(view, "draw")
         view.emulate_media(color_scheme="dark")
