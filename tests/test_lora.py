@@ -369,6 +369,10 @@ def clip_output(model: nn.Module) -> Tensor:
 # Names
 
 
+def test_a_word_that_holds_the_start_of_the_next_one_gives_it_back() -> None:
+    assert apart("proj_in_layers", "ldm") == "proj.in_layers"
+
+
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(st.data())
 def test_known_words_come_apart_in_one_way_only(vocabulary: str, data: st.DataObject) -> None:

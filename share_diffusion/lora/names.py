@@ -83,11 +83,21 @@ def underscored(module: str) -> str:
 
 def apart(name: str, vocabulary: str) -> str | None:
     """The dotted path behind one underscored word, or None where a part of it is not in the vocabulary."""
-    words = {underscored(word): word for word in VOCABULARIES[vocabulary]}
-    # Longest words first, so that `conv_in` is not taken for `conv`.
-    pattern = "|".join(sorted(words, key=len, reverse=True))
-    found = re.findall(rf"(?:{pattern}|[0-9]+)(?=_|$)", name)
-    return ".".join(words.get(part, part) for part in found) if found and "_".join(found) == name else None
+    words, parts = {underscored(word): word for word in VOCABULARIES[vocabulary]}, name.split("_")
+    longest = max(word.count("_") for word in words) + 1
+    steps: dict[int, tuple[str, int]] = {len(parts): ("", 0)}  # from a part: the word there, and where the next one starts
+    for start in reversed(range(len(parts))):
+        for end in reversed(range(start + 1, min(start + longest, len(parts)) + 1)):
+            piece = "_".join(parts[start:end])
+            word = piece if re.fullmatch(r"[0-9]+", piece) else words.get(piece)
+            if word is not None and end in steps:  # the longest word first, so that `conv_in` is not taken for `conv`
+                steps[start] = word, end
+                break
+    path, place = [], 0 if 0 in steps else len(parts)
+    while place < len(parts):
+        word, place = steps[place]
+        path.append(word)
+    return ".".join(path) or None
 
 
 def dotted(name: str, component: str) -> str | None:
