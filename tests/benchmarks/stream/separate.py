@@ -191,18 +191,23 @@ class MergedLoRA(OwnLoRA):
         return min(options, key=lambda lora: sum(self.bench.training_loss(lora, concept) for concept in self.loras))
 
     def stacked(self, path: str) -> Tensor:
-        """Return one layer's updates over the concepts, (concepts, out, in)."""
-        return torch.stack([lora.layers[path].dense().double() for lora in self.loras.values()])
+        """Return one layer's updates over the concepts, (concepts, out, in); a convolution's as a matrix."""
+        return torch.stack([lora.layers[path].dense().double().flatten(1) for lora in self.loras.values()])
 
     def as_lora(self, mean: dict[str, Tensor], scale: float) -> LoRA:
         """Return dense updates as a LoRA of full rank."""
-        eye = {path: torch.eye(matrix.shape[1]) for path, matrix in mean.items()}
-        return LoRA({path: Factors((scale * matrix).float(), eye[path]) for path, matrix in mean.items()})
+        return LoRA({path: full_rank(scale * matrix.float(), self.bench.shapes[path][1]) for path, matrix in mean.items()})
 
     def costs(self) -> tuple[int, int, int]:
         """Return what the merged matrices store."""
         total = sum(out * width for (out, width), _ in self.bench.shapes.values())
         return total, 0, 2 * total
+
+
+def full_rank(matrix: Tensor, kernel: tuple[int, int] | None) -> Factors:
+    """Return a dense update (out, in) as factors of its smaller side's rank."""
+    out, width = matrix.shape
+    return Factors(torch.eye(out), matrix, kernel) if out <= width else Factors(matrix, torch.eye(width), kernel)
 
 
 def average(updates: Tensor, seed: int) -> Tensor:

@@ -103,7 +103,7 @@ class SequentialLoRA:
                 )
             )  # type: ignore[return-value]
         if self.guard == "c_lora":
-            past = {path: factors.dense().abs().to(self.bench.device) for path, factors in self.lora.layers.items()}
+            past = {path: factors.dense().flatten(1).abs().to(self.bench.device) for path, factors in self.lora.layers.items()}
             largest = max(float(matrix.max()) for matrix in past.values())
             return lambda learner: (
                 self.strength
