@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from safetensors.torch import load_file
 
 from share_diffusion.blend import Blend
@@ -267,9 +267,7 @@ class Comfy:
     """A running ComfyUI over a folder of its own, asked through its HTTP interface."""
 
     def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         words = [PYTHON, "main.py", "--cpu", "--port", self.port, "--base-directory", folder, "--disable-api-nodes"]
         self.log = folder / "log.txt"
         with self.log.open("wb") as log:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ import concept
 import machines
 import pytest
 from flags import ConceptSettings
+from ports import free_port
 
 from share_diffusion.subspace import Subspace
 
@@ -20,17 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--concept", "robot", "--max_train_steps", "4", "--train_batch_size", "2", "--no-sheet", "--validation_steps", "2"]
 
 
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(place, engine, *words, config=None):
-    """Start the shipped configuration with one process here; returns the running command."""
-    config = config or ROOT / "configs/accelerate" / f"{engine}.yaml"
-    options = ["--config_file", str(config), "--mixed_precision", "no", *words]
+def launch(place, engine, *words):
+    """Start two processes by the shipped configuration; returns the running command."""
+    config = ROOT / "configs/accelerate" / f"{engine}.yaml"
+    options = ["--config_file", str(config), "--mixed_precision", "no", "--num_processes", "2", *words]
     script = [str(ROOT / "tests/on_cpus.py"), concept.__file__, *RUN, "--output_dir", engine]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
@@ -45,6 +38,11 @@ def learned(place, engine, started):
     return Subspace.load(place / engine / "tiny/subspace.safetensors").lora("robot")
 
 
+def here(place, engine):
+    """What two processes of this machine learn."""
+    return learned(place, engine, [launch(place, engine, "--main_process_port", str(free_port()))])
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder for all the runs."""
@@ -54,7 +52,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ddp(place):
     """What two processes learn under DDP."""
-    return learned(place, "multi_gpu", [launch(place, "multi_gpu", "--num_processes", "2", "--main_process_port", free_port())])
+    return here(place, "multi_gpu")
 
 
 def gap(lora, other):
@@ -64,23 +62,21 @@ def gap(lora, other):
 
 @pytest.mark.slow
 def test_fsdp_learns_what_ddp_learns(place, ddp):
-    started = [launch(place, "fsdp", "--num_processes", "2", "--main_process_port", free_port())]
-    assert gap(ddp, learned(place, "fsdp", started)) < 0.02
+    assert gap(ddp, here(place, "fsdp")) < 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_learns_what_ddp_learns(place, ddp):
-    started = [launch(place, "deepspeed", "--num_processes", "2", "--main_process_port", free_port())]
-    assert gap(ddp, learned(place, "deepspeed", started)) < 0.02
+    assert gap(ddp, here(place, "deepspeed")) < 0.02
     assert not list((place / "deepspeed").rglob("checkpoint-*"))
 
 
 @pytest.mark.slow
 def test_two_machines_learn_what_one_with_two_processes_learns(place, ddp):
     """Each rank is started by a command of its own, as on two machines, and they meet at the first one's address."""
-    port = free_port()
-    words = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    port = str(free_port())
+    words = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     started = [launch(place, "multi_node", *words, "--machine_rank", rank) for rank in ("0", "1")]
     assert gap(ddp, learned(place, "multi_node", started)) < 0.02
 

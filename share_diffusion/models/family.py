@@ -53,7 +53,6 @@ class Family:
     owns: Callable[[Any], bool]  # whether a pipeline is of this family, told from its parts
     attention: str  # regular expression of the attention's layers, searched in whole paths
     feed_forward: str  # the same for the layers that the preset `attention+ff` adds
-    convolution: str  # the same for those that `attention+ff+conv` adds; "" where the denoiser has none
     readers: Callable[[Any], dict[str, Reader]]  # text encoders that are present, by component, in order
     encode_text: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]  # inputs -> states (and pooled), with gradients
     predict: Callable[[Any, Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # noisy, times, conditioning -> like noisy
@@ -65,6 +64,7 @@ class Family:
     version: Callable[[Any], str]  # kohya's ss_base_model_version, e.g. "sdxl_base_v1-0"
     architecture: Callable[[Any], str]  # ModelSpec's name without the adapter, e.g. "stable-diffusion-xl-v1-base"
     kohya_prefixes: Mapping[str, str]  # component -> what kohya's names of its layers start with, "lora_unet_"
+    convolution: str = ""  # the layers that `attention+ff+conv` adds, where the denoiser has convolutions
     idle: Callable[[Any], tuple[str, ...]] = nothing_idle  # starts of paths whose layers cannot influence a picture
     framing: Callable[[Any, Sequence[Size], Sequence[Size], Size], dict[str, Tensor]] = not_framed
     encode_pictures: Callable[[Any, Tensor], Tensor] = latents.encode_pictures  # pictures -> latents, without gradients

@@ -105,7 +105,6 @@ FAMILY = Family(
     owns=owns,
     attention="|".join((targets.TRANSFORMER_ATTENTION, targets.CLIP_ATTENTION, targets.T5_ATTENTION)),
     feed_forward="|".join((targets.TRANSFORMER_FEED_FORWARD, targets.CLIP_FEED_FORWARD, targets.T5_FEED_FORWARD)),
-    convolution="",
     readers=readers,
     encode_text=encode_text,
     predict=predict,
