@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from share_diffusion.describe import BYTES, break_even, describe, lora_bytes
+from share_diffusion.describe import break_even, describe, lora_bytes
 from share_diffusion.models.blocks import block_groups
+from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Subspace
 
 MOST_CONCEPTS = 24  # in a matrix that a person reads
@@ -134,7 +135,7 @@ def byte_facts(subspace: Subspace, path: Path) -> dict[str, Any]:
     facts = dict(describe(replace(subspace, concepts={}), path)["bytes"])
     count = max(1, len(subspace.concepts))
     separate = sum(lora_bytes(subspace, name) for name in subspace.concepts)
-    mean = sum(BYTES * concept.numbers for concept in subspace.concepts.values()) / count
+    mean = sum(stored_bytes(concept, subspace.origin.eight_bits) for concept in subspace.concepts.values()) / count
     enough = break_even(facts["basis"], separate / count - mean)
     return facts | {"per_concept_mean": mean, "as_separate_loras": separate, "break_even_concepts": enough}
 
@@ -147,7 +148,7 @@ def concept_rows(subspace: Subspace) -> list[list[str]]:
             concept.kind,
             concept.trigger,
             str(concept.pseudo_rank),
-            f"{2 * concept.numbers:,}",
+            f"{stored_bytes(concept, subspace.origin.eight_bits):,}",
             f"{concept.retention:.4f}",
         ]
         for concept in (subspace[name] for name in shown_names(subspace))

@@ -34,7 +34,7 @@ class Adaptation:
     """How a concept is learned: `mode`, p = `pseudo_rank`, phi = `temporary_rank`, r = `rank` of an ordinary LoRA."""
 
     mode: str = "coefficients"
-    pseudo_rank: int = 2
+    pseudo_rank: int = 4
     temporary_rank: int = 4
     rank: int = 8
 

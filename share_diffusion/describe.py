@@ -1,8 +1,8 @@
 """What a subspace file holds and costs, as `show` prints it; the keys of `describe` are stable.
 
 Sizes are honest in both directions: `per_concept_mean` is what one concept's coefficients cost, `basis` what all share,
-and `as_separate_loras` counts the same concepts as LoRA files of the same rank and precision, so that the difference is
-the sharing and nothing else. `break_even_concepts` is the number of such concepts from which the file is the smaller one.
+and `as_separate_loras` counts the same concepts as LoRA files of the same rank in half precision, as such files are kept.
+`break_even_concepts` is the number of such concepts from which the file is the smaller one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from share_diffusion.overlap import MOST
+from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Subspace
 
-BYTES = 2  # of one number in the file
+BYTES = 2  # of a number in half precision
 
 
 def break_even(basis: int, saved: float) -> int | None:
@@ -39,7 +40,7 @@ def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]
             "pseudo_rank": concept.pseudo_rank,
             "retention": concept.retention,
             "functional_retention": concept.details.get("functional_retention"),
-            "bytes": BYTES * concept.numbers,
+            "bytes": stored_bytes(concept, subspace.origin.eight_bits),
         }
         for concept in subspace.concepts.values()
     ]
@@ -97,7 +98,7 @@ def table(facts: dict[str, Any]) -> str:
         f"shared basis         {sizes['basis']:>12,} bytes",
         f"a further concept    {sizes['per_concept_mean']:>12,.0f} bytes, plus the columns it adds to the basis",
         f"whole file           {sizes['total']:>12,} bytes",
-        f"as separate LoRAs    {sizes['as_separate_loras']:>12,} bytes (same ranks, same precision)",
+        f"as separate LoRAs    {sizes['as_separate_loras']:>12,} bytes (same ranks, half precision)",
         f"smaller than those   {'from ' + smaller + ' on' if many else 'never at this size'}",
     ]
     if 1 < len(facts["concepts"]) <= 24:

@@ -2,12 +2,13 @@
 
     <layer>.share_alpha     (in, k)     learned columns of the input basis, float16
     <layer>.share_beta      (out, k')   learned columns of the output basis
-    concept.<number>        (n,)        one concept: for every layer, in the order of the layer list, its alpha (k, p) and
-                                        then its beta (k', p) coefficients, row by row, in units of sqrt(norm)
+    concept.<number>        (n,)        one concept's coefficients in float16 or int8, packed as `packed.py` tells
+    scales.<number>         (s,)        bfloat16, beside int8 alone: what the columns of its coefficients are stretched by
     layouts                 (g, layers, 3) int32: rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
     details                 (bytes,)    JSON list, one entry a concept: facts that nobody needs to list concepts
 
-Derived columns (a basis of origin `random` or `weights`) are not in the file: they are made again when it is read.
+Derived columns (a basis of origin `random` or `weights`) are not in the file: they are made again when it is read. With them
+new concepts are written in int8. A concept that was read is written as it was, to the bit.
 The metadata holds `base`, `origin`, `basis_version`, `layers` as [path, out, in, kernel or null] and `concepts` as a list
 of {name, kind, trigger, norm, retention, layout}; so the header alone lists ten thousand concepts. Rows that a concept
 does not have, because its layer grew later, are zero.
@@ -18,18 +19,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from share_diffusion import storage
-from share_diffusion.basis import Basis, Coefficients
+from share_diffusion.basis import Basis
 from share_diffusion.concept import Concept
+from share_diffusion.packed import Packed, half, layout_of, settled, unit_of
 from share_diffusion.subspace import BaseIdentity, Origin, Subspace, Weights
 
 KNOWN = {"base", "origin", "basis_version", "layers", "concepts"}
@@ -52,10 +53,17 @@ def save(subspace: Subspace, path: str | os.PathLike[str], *, replace: bool = Fa
         raise ValueError(
             "this subspace was loaded without its base's weights, only to be looked at; load it with them to save it"
         )
+    subspace = settle(subspace)
     tensors, metadata = pack(subspace)
     expected = None if replace else subspace.generation
     generation = storage.write(path, tensors, metadata, expected_generation=expected, replace=replace)
     return changed(subspace, generation=generation)
+
+
+def settle(subspace: Subspace) -> Subspace:
+    """Return the subspace with all coefficients rounded as the file holds them."""
+    concepts = {name: settled(concept, subspace.origin.eight_bits) for name, concept in subspace.concepts.items()}
+    return changed(subspace, concepts=concepts)
 
 
 def load(path: str | os.PathLike[str], weights: Weights | None = None, *, look: bool = False) -> Subspace:
@@ -83,22 +91,24 @@ def listing(path: str | os.PathLike[str]) -> Listing:
 def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the metadata of a subspace's file."""
     tensors: dict[str, Tensor] = {}
-    fixed = subspace.fixed
+    subspace, fixed, order = settle(subspace), subspace.fixed, sorted(subspace.layers)
     for layer, basis in subspace.layers.items():
         tensors[f"{layer}.share_alpha"] = half(basis.alpha[:, fixed[layer][0] :], layer)
         tensors[f"{layer}.share_beta"] = half(basis.beta[:, fixed[layer][1] :], layer)
-    order = list(subspace.layers)
     layouts: dict[Layout, int] = {}
     concepts = []
     for number, concept in enumerate(subspace.concepts.values()):
-        layout = layout_of(concept, order)
+        places = layout_of(concept.coefficients)
+        layout = tuple(places.get(layer, (0, 0, 0)) for layer in order)
         entry = {"name": concept.name, "kind": concept.kind, "trigger": concept.trigger}
         norm, retention = float(f"{concept.norm:.6g}"), math.floor(round(concept.retention * 1e6, 3)) / 1e6
         entry |= {"norm": norm, "retention": retention}
         concepts.append({**entry, "layout": layouts.setdefault(layout, len(layouts))})
-        unit = unit_of(norm)
-        parts = [side.flatten() / unit for layer in order if layer in concept.coefficients for side in sides(concept, layer)]
-        tensors[f"concept.{number:05d}"] = half(torch.cat(parts) if parts else torch.zeros(0), concept.name)
+        held = concept.coefficients
+        assert isinstance(held, Packed)
+        tensors[f"concept.{number:05d}"] = held.row
+        if held.scales is not None:
+            tensors[f"scales.{number:05d}"] = held.scales
     tensors["layouts"] = torch.tensor(list(layouts), dtype=torch.int32).reshape(len(layouts), len(order), 3)
     details = json.dumps([dict(concept.details) for concept in subspace.concepts.values()], sort_keys=True)
     tensors["details"] = torch.tensor(list(details.encode()), dtype=torch.uint8)
@@ -112,30 +122,6 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "layers": [[layer, *shapes[layer], kernels.get(layer)] for layer in order],
         "concepts": concepts,
     }
-
-
-def half(tensor: Tensor, what: str) -> Tensor:
-    """Return a tensor as it is stored, or raise ValueError where it leaves the range of float16."""
-    stored = tensor.to(torch.float16).clone(memory_format=torch.contiguous_format)
-    if not torch.isfinite(stored).all():
-        raise ValueError(f"{what}: values up to {float(tensor.abs().max()):.3g} do not fit float16; train with a lower rate")
-    return stored
-
-
-def unit_of(norm: float) -> float:
-    """Return what a concept's coefficients are stored in: then float16 holds those of any scale."""
-    return norm**0.5 or 1.0
-
-
-def sides(concept: Concept, layer: str) -> tuple[Tensor, Tensor]:
-    """Return a concept's (alpha, beta) coefficients in a layer."""
-    return concept.coefficients[layer].alpha, concept.coefficients[layer].beta
-
-
-def layout_of(concept: Concept, order: list[str]) -> Layout:
-    """Return rows of alpha, rows of beta and pseudo-rank of every layer."""
-    entries = (concept.coefficients.get(layer) for layer in order)
-    return tuple((0, 0, 0) if e is None else (e.alpha.shape[0], e.beta.shape[0], e.pseudo_rank) for e in entries)
 
 
 def unpack(
@@ -155,14 +141,13 @@ def unpack(
         )
     details = json.loads(bytes(tensors["details"].tolist()))
     layouts = [places_of(list(shapes), layout) for layout in tensors["layouts"].tolist()]
-    lengths = [sum((alpha + beta) * rank for alpha, beta, rank in places.values()) for places in layouts]
     concepts = {}
     for number, entry in enumerate(metadata["concepts"]):
-        packed = tensors[f"concept.{number:05d}"].float() * unit_of(entry["norm"])
         known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}
-        if packed.numel() != (length := lengths[entry["layout"]]):
-            raise IndexError(f"concept {number} has {packed.numel()} coefficients where its layout has {length}")
-        coefficients = Packed(packed, layouts[entry["layout"]])
+        row, scales = tensors[f"concept.{number:05d}"], tensors.get(f"scales.{number:05d}")
+        if (scales is None) == (row.dtype == torch.int8):
+            raise TypeError(f"concept {number} is {row.dtype} and has {'no ' * (scales is None)}scales")
+        coefficients = Packed(row, scales, unit_of(entry["norm"]), layouts[entry["layout"]])
         concepts[entry["name"]] = Concept(**known, coefficients=coefficients, details=details[number])
     return Subspace(
         base=base,
@@ -180,37 +165,6 @@ def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
     """Return zeros in place of derived columns."""
     alpha, beta = origin.columns(shape)
     return Basis(torch.zeros(shape[1], alpha), torch.zeros(shape[0], beta))
-
-
-class Packed(Mapping[str, Coefficients]):
-    """A concept's coefficients by layer, cut out of their packed form when one is first asked for.
-
-    A file of 10,000 concepts is read in a second that way: who draws needs two of them.
-    """
-
-    def __init__(self, packed: Tensor, places: Mapping[str, tuple[int, int, int]]) -> None:
-        self.packed, self.places = packed, places
-
-    @cached_property
-    def entries(self) -> dict[str, Coefficients]:
-        """All of them, cut."""
-        parts = iter(self.packed.split([rows * rank for alpha, beta, rank in self.places.values() for rows in (alpha, beta)]))
-        return {
-            layer: Coefficients(next(parts).reshape(alpha, rank), next(parts).reshape(beta, rank))
-            for layer, (alpha, beta, rank) in self.places.items()
-        }
-
-    def __getitem__(self, layer: str) -> Coefficients:
-        return self.entries[layer]
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def places_of(order: Sequence[str], layout: Sequence[Sequence[int]]) -> dict[str, tuple[int, int, int]]:

@@ -32,8 +32,8 @@ from share_diffusion import storage
 from share_diffusion.basis import WORK, Basis, Coefficients, orthonormalised, outside, principal_directions, thin_svd
 from share_diffusion.capacity import Capacity
 from share_diffusion.concept import check_name
-from share_diffusion.file import half, unit_of
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.packed import half, unit_of
 from share_diffusion.subspace import BaseIdentity, Origin, Subspace, refuse
 
 PRESENT = 1e-4  # a direction weaker than this share of its update is below the file's precision

@@ -44,6 +44,11 @@ class Origin:
         if (self.kind == "adapters") != (self.rank == 0):
             raise ValueError(f"a basis of origin {self.kind} cannot have {self.rank} derived columns")
 
+    @property
+    def eight_bits(self) -> bool:
+        """Whether new concepts are stored in 8 bits: where columns cost nothing, coefficients are all there is."""
+        return self.kind != "adapters"
+
     def columns(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return how many derived columns a layer of shape (out, in) has in (alpha, beta)."""
         most = min(self.rank, *shape)

@@ -25,6 +25,7 @@ from share_diffusion.subspace import BaseIdentity, Origin, Subspace
 SHAPES = {"unet.b": (10, 18, (3, 3)), "unet.a": (20, 12, None), "text_encoder.c": (8, 6, None)}
 ALL = Capacity(retain=None)
 HALF = 2e-3  # relative error of an update whose factors were rounded to float16
+WHOLE = 2e-2  # of one whose coefficients were rounded to 8 bits
 
 
 def draw(seed: int, layers: tuple[str, ...] = tuple(SHAPES), rank: int = 2, scale: float = 1.0) -> LoRA:
@@ -52,7 +53,7 @@ def body(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in storage.read(path)[1].items()}
 
 
-def close(one: LoRA, other: LoRA) -> bool:
+def close(one: LoRA, other: LoRA, error: float = HALF) -> bool:
     """Whether two LoRAs are the same updates up to the rounding of a file."""
     lost = sum(
         float(
@@ -62,7 +63,7 @@ def close(one: LoRA, other: LoRA) -> bool:
         )
         for layer, entry in one.layers.items()
     )
-    return one.layers.keys() == other.layers.keys() and math.sqrt(lost) <= HALF * one.norm
+    return one.layers.keys() == other.layers.keys() and math.sqrt(lost) <= error * one.norm
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -253,7 +254,7 @@ def test_derived_columns_are_not_in_the_file(tmp_path: Path, kind: str) -> None:
         for layer, (out, width, _) in SHAPES.items()
         for side, size in (("alpha", width), ("beta", out))
     }
-    assert close(draw(0), Subspace.load(tmp_path / "s", weights).lora("a"))
+    assert close(draw(0), Subspace.load(tmp_path / "s", weights).lora("a"), WHOLE)
 
 
 def test_the_bytes_of_a_further_concept_are_its_coefficients(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class ConceptSettings:
     adaptation: str | None = flag(
         None, "what trains (default: coefficients, or gradient in a file whose basis comes from adapters)", choices=MODES
     )
-    pseudo_rank: int = flag(2, "rank of the concept inside the subspace (p)")
+    pseudo_rank: int = flag(4, "rank of the concept inside the subspace (p)")
     temporary_rank: int = flag(4, "new directions per layer (phi)")
     rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
     basis: str | None = flag(

@@ -1,7 +1,8 @@
 """Reads the one-file format of Share on its own: header, checksum, bases and coefficients.
 
     <layer>.share_alpha (in, k), <layer>.share_beta (out, k')     learned columns of the shared bases, float16
-    concept.<number> (n,)     for every layer in order: alpha (k, p), then beta (k', p), in units of sqrt(norm)
+    concept.<number> (n,)     for every layer in order: alpha (k, p), then beta (k', p), in units of sqrt(norm), float16 or int8
+    scales.<number> (s,)      beside int8: for every layer in order what the p columns of alpha and of beta are stretched by
     layouts (g, layers, 3)    rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
 
 The first columns of a basis may come from a seed instead (origin `random`) and are drawn again here. A basis that comes
@@ -120,6 +121,15 @@ def concept_of(number: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -
     """Return one concept."""
     packed = tensors[f"concept.{number:05d}"].float() * (entry["norm"] ** 0.5 or 1.0)
     layout = tensors["layouts"][entry["layout"]].tolist()
+    if (scales := tensors.get(f"scales.{number:05d}")) is not None:  # 8 bits: each column has a scale of its own
+        sides = [(rows, rank) for alpha, beta, rank in layout for rows in (alpha, beta)]
+        stretched = zip(
+            packed.split([rows * rank for rows, rank in sides]),
+            scales.float().split([rank for _, rank in sides]),
+            sides,
+            strict=True,
+        )
+        packed = torch.cat([(values.reshape(size) * scale).flatten() for values, scale, size in stretched])
     return Concept(entry["name"], entry["kind"], entry["trigger"], entry["retention"], packed, layout)
 
 

@@ -22,6 +22,7 @@ from share_diffusion.adapt import Adaptation, make_learner
 from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Origin, Subspace
 from stream.separate import kept, own_lora
 from stream.workbench import Lesson, Workbench
@@ -141,13 +142,14 @@ class ShareStream:
 
 
 def stored(subspace: Subspace) -> int:
-    """Return how many numbers a subspace stores: learned columns and every concept's coefficients."""
+    """Return what a subspace stores, learned columns and every concept's coefficients, in numbers of half precision."""
     fixed = subspace.fixed
     columns = sum(
         basis.alpha.shape[0] * (basis.rank[0] - fixed[path][0]) + basis.beta.shape[0] * (basis.rank[1] - fixed[path][1])
         for path, basis in subspace.layers.items()
     )
-    return columns + sum(concept.numbers for concept in subspace.concepts.values())
+    eight_bits = subspace.origin.eight_bits
+    return columns + sum(stored_bytes(concept, eight_bits) for concept in subspace.concepts.values()) // 2
 
 
 def finetuned(
