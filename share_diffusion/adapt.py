@@ -72,10 +72,13 @@ class LearningPath(nn.Module):
             self.coefficients_beta = nn.Parameter(torch.zeros(beta.shape[1], rank))
 
     def update(self) -> Update:
-        """Return the path as an update of the live layer; gradients flow to what trains."""
+        """Return the path as an update of the live layer; gradients flow to what trains.
+
+        Coefficients and bases are multiplied here, so that the layer's tokens go through p columns and not through k.
+        """
         if self.coefficients_alpha is None or self.coefficients_beta is None:
             return Update(self.alpha, (), self.beta)
-        return Update(self.alpha, (self.coefficients_alpha, self.coefficients_beta.mT), self.beta)
+        return Update((self.coefficients_alpha.mT @ self.alpha.mT).mT, (), self.beta @ self.coefficients_beta)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return up (out, p) and down (p, in) of the path."""

@@ -4,7 +4,8 @@
 
 An update is a chain of matrices: `alpha` (in, k) first, `beta` (out, k') last, small `middle` matrices (rows, columns)
 between them, applied in order. A blend is one update whose middle is the blended core; a concept in training is one or
-two updates whose coefficients (and temporary factors) are parameters. With no update the layer *is* its base.
+two updates whose sides are parameters or products of bases and coefficients that are parameters. With no update the layer
+*is* its base.
 
 A middle matrix with a batch dimension in front gives every sample its own core. With masks `where`, the middle holds one
 core per region, one under the other, (regions k, k'), and y(p) = beta sum_i m_i(p) C_i alpha.T x(p): alpha.T x is computed

@@ -6,9 +6,9 @@
 Every way learns the same pictures in the same steps with the same noise. Told are the held-out loss as a part of what a
 LoRA of rank 8 gains on the same layers ("score": 0 is the untouched base, 1 that LoRA), the share of pictures at unseen
 prompts in which the judge sees the concept, how many numbers train, and the bytes that the file grows by, columns and
-all, in half precision. Every finished line is kept in results/adaptation.csv and never measured twice; to run on two
-cores start the command twice with different concepts. One seed: differences of .01 in score or of .1 for the judge are
-noise.
+all: coefficients in a basis of no bytes in 8 bits, the rest in half precision. Every finished line is kept in
+results/adaptation.csv and never measured twice; to run on two cores start the command twice with different concepts. One
+seed: differences of .01 in score or of .1 for the judge are noise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from stream.plan import Measures, Plan, Training  # noqa: E402
 from stream.workbench import Workbench  # noqa: E402
 
 from share_diffusion.adapt import Adaptation, make_learner  # noqa: E402
+from share_diffusion.packed import settled, stored_bytes  # noqa: E402
 from share_diffusion.subspace import Origin, Subspace  # noqa: E402
 
 RESULT = HERE / "results" / "adaptation.csv"
@@ -64,14 +65,15 @@ def random(rank: int, p: int, targets: str = WIDE, rate: float = 2e-2, kind: str
 WAYS = (
     Way("LoRA r 8", NARROW, Adaptation("lora", rank=8)),
     Way("LoRA r 8", WIDE, Adaptation("lora", rank=8)),
+    random(48, 4),
     random(48, 2),
     Way("gradient k 8 p 4", NARROW, Adaptation("gradient", 4, 8)),
     Way("LoRA r 1", WIDE, Adaptation("lora", rank=1)),
     random(64, 1),
-    random(48, 2, NARROW),
-    random(48, 2, rate=1e-2),
-    random(48, 2, rate=4e-2),
-    random(48, 2, kind="weights"),
+    random(48, 4, NARROW),
+    random(48, 4, rate=1e-2),
+    random(48, 4, rate=4e-2),
+    random(48, 4, kind="weights"),
     random(96, 1),
     random(24, 4),
     Way("gradient k 8 p 4", WIDE, Adaptation("gradient", 4, 8)),
@@ -87,9 +89,11 @@ def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
     rates = way.rate, bench.plan.training.lora_rate
     lesson = bench.teach(learner, concept, bench.lessons(concept, 0), rates)
     lora = learner.lora()
-    seen, numbers = bench.seen(lora, concept), lesson.trainable
+    seen, size = bench.seen(lora, concept), 2 * lesson.trainable
     if way.adaptation.looks_at_gradient:
-        numbers += sum(basis.alpha.numel() + basis.beta.numel() for basis in directions.values())
+        size += 2 * sum(basis.alpha.numel() + basis.beta.numel() for basis in directions.values())
+    if way.origin.eight_bits:
+        size = stored_bytes(settled(empty.merge({concept: lora})[concept], True), True)
     return {
         "concept": concept,
         "way": way.name,
@@ -99,7 +103,7 @@ def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
         "judge": seen.judge,
         "adherence": round(seen.adherence, 3),
         "trainable": lesson.trainable,
-        "bytes": 2 * numbers,
+        "bytes": size,
         "seconds": round(lesson.seconds),
         "curve": " ".join(f"{step}:{loss:.4f}" for step, loss in lesson.curve.items()),
     }
