@@ -341,7 +341,7 @@ def test_a_second_run_of_a_concept_is_refused_before_training(workplace, capsys)
 def test_resuming_with_other_settings_is_refused(workplace, capsys):
     assert run("--concept", "robot", "--subspace", "one.safetensors") == 0
     assert run("--concept", "robot", "--subspace", "two.safetensors", "--pseudo_rank", "3", "--resume", "latest") == 1
-    assert "pseudo_rank was 2, now 3" in capsys.readouterr().err
+    assert "pseudo_rank was 4, now 3" in capsys.readouterr().err
 
 
 def test_own_pictures_and_a_config_file(workplace):
