@@ -52,7 +52,7 @@ def adapt(
     resolution: int | None = None,
     steps: int = 400,
     batch: int = 8,
-    learning_rate: float = 2e-2,
+    learning_rate: float = 1e-2,
     factor_learning_rate: float = 2e-3,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,

@@ -101,7 +101,7 @@ class ConceptSettings:
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip
     optimizer_args: tuple[str, ...] = flag((), "its arguments, as weight_decay=0.01 fused=True")
-    learning_rate: float = flag(2e-2, "rate of the coefficients", aliases=("unet_lr",))
+    learning_rate: float = flag(1e-2, "rate of the coefficients", aliases=("unet_lr",))
     factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
     text_encoder_lr: float | None = flag(None, "rate of coefficients in text encoders (default: LEARNING_RATE)")
     lr_scheduler: str = flag("cosine", "schedule", choices=SCHEDULES)

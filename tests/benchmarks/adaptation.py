@@ -53,12 +53,12 @@ class Way:
     targets: str
     adaptation: Adaptation
     origin: Origin = field(default_factory=Origin)
-    rate: float = 2e-2
+    rate: float = 1e-2
 
 
-def random(rank: int, p: int, targets: str = WIDE, rate: float = 2e-2, kind: str = "random") -> Way:
+def random(rank: int, p: int, targets: str = WIDE, rate: float = 1e-2, kind: str = "random") -> Way:
     """Return the way of coefficients in a basis that costs nothing."""
-    told = "" if rate == 2e-2 else f", rate {rate:g}"
+    told = "" if rate == 1e-2 else f", rate {rate:g}"
     return Way(f"{kind} k {rank} p {p}{told}", targets, Adaptation("coefficients", p), Origin(kind, rank), rate)
 
 
@@ -66,17 +66,17 @@ WAYS = (
     Way("LoRA r 8", NARROW, Adaptation("lora", rank=8)),
     Way("LoRA r 8", WIDE, Adaptation("lora", rank=8)),
     random(48, 4),
-    random(48, 2),
-    Way("gradient k 8 p 4", NARROW, Adaptation("gradient", 4, 8)),
+    random(48, 2, rate=2e-2),
+    Way("gradient k 8 p 4", NARROW, Adaptation("gradient", 4, 8), rate=2e-2),
     Way("LoRA r 1", WIDE, Adaptation("lora", rank=1)),
     random(64, 1),
     random(48, 4, NARROW),
-    random(48, 4, rate=1e-2),
-    random(48, 4, rate=4e-2),
+    random(48, 4, rate=5e-3),
+    random(48, 4, rate=2e-2),
     random(48, 4, kind="weights"),
     random(96, 1),
     random(24, 4),
-    Way("gradient k 8 p 4", WIDE, Adaptation("gradient", 4, 8)),
+    Way("gradient k 8 p 4", WIDE, Adaptation("gradient", 4, 8), rate=2e-2),
     Way("LoRA r 1", NARROW, Adaptation("lora", rank=1)),
 )
 

@@ -31,7 +31,7 @@ class Training:
     steps: int = 120
     batch: int = 8
     warmup: int = 10
-    rate: float = 2e-2  # coefficients
+    rate: float = 1e-2  # coefficients
     lora_rate: float = 4e-3  # ordinary LoRAs
     factor_rate: float = 2e-3  # temporary factors
     gradient_batches: int = 8
