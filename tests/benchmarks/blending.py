@@ -4,7 +4,8 @@
 
 alone    each concept at weight 1: the share of pictures in which the judge sees it
 joint    style x subject, both at weight 1: the share of pictures in which the judge sees both, and the harmonic mean of
-         the two shares; the same pictures of the base tell what the words alone do
+         the two shares; the same pictures of the base tell what the words alone do, and true blends, rendered and sent
+         through the base's autoencoder, what the judge could see at best
 regions  one style on the left half, another on the right of a picture twice as wide: each half is judged as a picture of
          its own. Diagonal dominance is the share of halves in which their own style is likelier than the other one;
          leakage the share in which the judge sees the other one. Words take the concepts' share of the picture (the
@@ -34,6 +35,7 @@ from share_diffusion.pictures import to_tensor
 from share_diffusion.recipe import read_recipe_file
 from share_diffusion.sheet import Row, contact_sheet
 from share_diffusion.subspace import Subspace
+from share_diffusion.world.render import render_blend
 from share_diffusion.world.scene import BACKGROUNDS, SIDE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +123,23 @@ def joint(
     return found, shown
 
 
+def rendered(pipeline: Any, judge: Judge, pairs: list[tuple[str, str]], count: int) -> dict[str, float]:
+    """Return how often the judge sees both in true blends, which the world renders, through the base's autoencoder."""
+    found, places = {}, list(BACKGROUNDS)
+    for style, subject in pairs:
+        some = [render_blend(style, subject, places[index % len(places)], 600, index).picture for index in range(count)]
+        seen = judge(through_autoencoder(pipeline, torch.stack([to_tensor(picture) for picture in some])))
+        both = zip(seen["style"], seen["subject"], strict=True)
+        found[f"{style} x {subject}"] = share([(style, subject) == labels for labels in both])
+    return found
+
+
+@torch.no_grad()
+def through_autoencoder(pipeline: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """Return pictures (n, 3, side, side) from -1 to 1 as the base's autoencoder gives them back."""
+    return pipeline.vae.decode(pipeline.vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+
+
 def regions(
     handle: AttachedSubspace, judge: Judge, styles: list[str], count: int, sampling: Sampling, whole_words: bool
 ) -> tuple[dict[str, Any], list[Image.Image]]:
@@ -168,6 +187,7 @@ def main() -> None:
         facts["alone"] = alone(handle, judge, kinds, count, sampling)
         pairs = list(product(styles, subjects))
         facts["joint"], shown = joint(handle, judge, pairs, count, sampling)
+        facts["true blends"] = rendered(pipeline, judge, pairs, 4 * count)
         good = [pair for pair in pairs if min(facts["alone"][name] for name in pair) >= 0.9]
         each = [facts["joint"][f"{style} x {subject}"]["joint"] for style, subject in good]
         facts["joint_where_each_alone_is_90"] = {"pairs": len(each), "mean": share_of(each), "worst": min(each, default=None)}
@@ -192,7 +212,7 @@ def write(facts: dict[str, Any], shown: dict[str, list[Image.Image]], wide: list
     for number, picture in enumerate(wide):
         place = 190 + 336 * (number % 2), sheet.height + 8 + 168 * (number // 2)
         tall.paste(picture.resize((320, 160), Image.Resampling.NEAREST), place)
-    tall.save(RESULTS / "blending.png")
+    tall.quantize(128).save(RESULTS / "blending.png", optimize=True)
     (RESULTS / "blending.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
