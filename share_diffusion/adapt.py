@@ -74,7 +74,8 @@ class LearningPath(nn.Module):
     def update(self) -> Update:
         """Return the path as an update of the live layer; gradients flow to what trains.
 
-        Coefficients and bases are multiplied here, so that the layer's tokens go through p columns and not through k.
+        Coefficients and bases are multiplied here, so that the layer's tokens go through p columns and not through k; the
+        product is transposed, because CPU libraries multiply tokens by a few rows faster than by a few columns.
         """
         if self.coefficients_alpha is None or self.coefficients_beta is None:
             return Update(self.alpha, (), self.beta)
@@ -82,9 +83,8 @@ class LearningPath(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return up (out, p) and down (p, in) of the path."""
-        if self.coefficients_alpha is None or self.coefficients_beta is None:
-            return self.beta.detach(), self.alpha.detach().mT
-        return (self.beta @ self.coefficients_beta).detach(), (self.alpha @ self.coefficients_alpha).detach().mT
+        update = self.update()
+        return update.beta.detach(), update.alpha.detach().mT
 
 
 class Learner(nn.Module):

@@ -15,18 +15,16 @@ from share_diffusion.concept import Concept
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.packed import STEPS, Packed, distance, packed, settled, stored_bytes, unit_of
 from share_diffusion.storage import StorageError
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Origin, Subspace
 
 SHAPES = {"unet.a": (96, 64), "unet.b": (64, 160), "text_encoder.c": (80, 80)}
-WIDE = {"basis": "random", "derived_rank": 48}
 
 
 def inside(seed: int, rank: int = 4, scale: float = 1.0) -> LoRA:
     """An update within the 48 columns that a seed gives, its layers of very different strengths."""
-    subspace, generator = Subspace.fit({"none": LoRA({})}, **WIDE), torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
-    covered = subspace.cover({layer: (shape, None) for layer, shape in SHAPES.items()})
-    layers = {}
-    for number, (layer, basis) in enumerate(covered.layers.items()):
+    generator, layers = torch.Generator().manual_seed(seed), {}
+    for number, (layer, shape) in enumerate(sorted(SHAPES.items())):
+        basis = Origin("random", 48).derive(layer, shape)
         up = scale * 10.0**-number * basis.beta @ torch.randn(48, rank, generator=generator)
         layers[layer] = Factors(up, torch.randn(rank, 48, generator=generator) @ basis.alpha.mT)
     return LoRA(layers)
@@ -34,7 +32,7 @@ def inside(seed: int, rank: int = 4, scale: float = 1.0) -> LoRA:
 
 def held(**loras: LoRA) -> Subspace:
     """A subspace of these concepts in columns of a seed."""
-    return Subspace.fit(loras, **WIDE)  # type: ignore[arg-type]
+    return Subspace.fit(loras, basis="random", derived_rank=48)
 
 
 def truth(subspace: Subspace, name: str, original: LoRA) -> float:

@@ -27,13 +27,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept: how it is called, and its packed coefficients."""
+    """One concept: how it is called, its packed coefficients, and in 8 bits the scales of their columns."""
 
     name: str
     kind: str
     trigger: str
     retention: float
     packed: Tensor
+    scales: Tensor | None
     layout: list[list[int]]
 
 
@@ -121,27 +122,22 @@ def concept_of(number: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -
     """Return one concept."""
     packed = tensors[f"concept.{number:05d}"].float() * (entry["norm"] ** 0.5 or 1.0)
     layout = tensors["layouts"][entry["layout"]].tolist()
-    if (scales := tensors.get(f"scales.{number:05d}")) is not None:  # 8 bits: each column has a scale of its own
-        sides = [(rows, rank) for alpha, beta, rank in layout for rows in (alpha, beta)]
-        stretched = zip(
-            packed.split([rows * rank for rows, rank in sides]),
-            scales.float().split([rank for _, rank in sides]),
-            sides,
-            strict=True,
-        )
-        packed = torch.cat([(values.reshape(size) * scale).flatten() for values, scale, size in stretched])
-    return Concept(entry["name"], entry["kind"], entry["trigger"], entry["retention"], packed, layout)
+    scales = tensors.get(f"scales.{number:05d}")
+    return Concept(entry["name"], entry["kind"], entry["trigger"], entry["retention"], packed, scales, layout)
 
 
 def factors(file: SubspaceFile, concept: Concept) -> dict[str, tuple[Tensor, Tensor]]:
     """Return a concept's update of each layer, up (out, p) = beta @ eps_beta and down (p, in) = (alpha @ eps_alpha).T."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    start = 0
+    start = column = 0
     for layer, (rows_alpha, rows_beta, rank) in zip(file.layers, concept.layout, strict=True):
         middle, end = start + rows_alpha * rank, start + (rows_alpha + rows_beta) * rank
         if rank:
             alpha = concept.packed[start:middle].reshape(rows_alpha, rank)
             beta = concept.packed[middle:end].reshape(rows_beta, rank)
+            if concept.scales is not None:
+                alpha = alpha * concept.scales[column : column + rank].float()
+                beta = beta * concept.scales[column + rank : column + 2 * rank].float()
             found[layer.path] = layer.beta[:, :rows_beta] @ beta, (layer.alpha[:, :rows_alpha] @ alpha).mT
-        start = end
+        start, column = end, column + 2 * rank
     return found

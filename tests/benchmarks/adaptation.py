@@ -29,7 +29,7 @@ from stream.plan import Measures, Plan, Training  # noqa: E402
 from stream.workbench import Workbench  # noqa: E402
 
 from share_diffusion.adapt import Adaptation, make_learner  # noqa: E402
-from share_diffusion.packed import settled, stored_bytes  # noqa: E402
+from share_diffusion.packed import stored_bytes  # noqa: E402
 from share_diffusion.subspace import Origin, Subspace  # noqa: E402
 
 RESULT = HERE / "results" / "adaptation.csv"
@@ -93,7 +93,7 @@ def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
     if way.adaptation.looks_at_gradient:
         size += 2 * sum(basis.alpha.numel() + basis.beta.numel() for basis in directions.values())
     if way.origin.eight_bits:
-        size = stored_bytes(settled(empty.merge({concept: lora})[concept], True), True)
+        size = stored_bytes(empty.merge({concept: lora})[concept], True)
     return {
         "concept": concept,
         "way": way.name,

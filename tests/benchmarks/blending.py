@@ -137,7 +137,7 @@ def rendered(pipeline: Any, judge: Judge, pairs: list[tuple[str, str]], count: i
 @torch.no_grad()
 def through_autoencoder(pipeline: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Return pictures (n, 3, side, side) from -1 to 1 as the base's autoencoder gives them back."""
-    return pipeline.vae.decode(pipeline.vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    return pipeline.vae.decode(pipeline.vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
 
 
 def regions(

@@ -66,10 +66,10 @@ class LongBench(Workbench):
         if not place.exists():
             part = place.with_suffix(".part")
             part.mkdir(parents=True, exist_ok=True)
+            words = read_recipe_file(ROOT / "configs/concepts" / f"{subject}.toml")["data"]["caption"]
             for index in range(PICTURES):
                 background = PLACES[subject][index % len(PLACES[subject])]
                 render_blend(style, subject, background, 1, index).picture.save(part / f"{index:03d}.png")
-                words = read_recipe_file(ROOT / "configs/concepts" / f"{subject}.toml")["data"]["caption"]
                 (part / f"{index:03d}.txt").write_text(words.format(place=BACKGROUNDS[background][0]), encoding="utf-8")
             part.rename(place)
         return read_dataset(place, trigger=concept)
