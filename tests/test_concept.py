@@ -46,7 +46,7 @@ def test_a_concept_ends_as_file_sheet_and_report(workplace, capsys):
         assert sheet.width > 600
 
 
-def test_resumed_equals_uninterrupted(workplace):
+def test_resumed_equals_uninterrupted(workplace, one_thread):
     words = ["--concept", "robot", "--output_dir"]
     assert run(*words, "whole") == 0
     save_state, done = states.save_state, []
@@ -105,7 +105,7 @@ def own_photos(folder):
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted_with_every_switch_that_has_a_state(workplace):
+def test_resumed_equals_uninterrupted_with_every_switch_that_has_a_state(workplace, one_thread):
     words = ["--concept", "mycat", *own_photos(workplace), *EVERYTHING]
     assert run("--concept", "robot", "--subspace", "mine.safetensors") == 0
     start = (workplace / "mine.safetensors").read_bytes()
@@ -250,7 +250,7 @@ def test_later_concepts_leave_earlier_ones_bit_identical(workplace, way):
     assert second["robot"].kind == "subject"
 
 
-def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace):
+def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace, one_thread):
     for file, names in (("one", ("watercolor", "robot")), ("two", ("robot", "watercolor"))):
         for name in names:
             assert run("--concept", name, "--subspace", f"{file}.safetensors") == 0

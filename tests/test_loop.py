@@ -18,7 +18,7 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_adapt_learns_beside_what_is_there_and_leaves_the_pipeline_as_it_was(photos):
+def test_adapt_learns_beside_what_is_there_and_leaves_the_pipeline_as_it_was(photos, one_thread):
     pipeline = load_base("tiny")
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     asked = [parameter.requires_grad for parameter in pipeline.unet.parameters()]
