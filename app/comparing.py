@@ -14,7 +14,7 @@ import gradio as gr
 from app.components import line, meter, tiles
 from app.drawing import Sessions, wish_of
 from app.mix import rows_of
-from app.past import history_of
+from app.past import history_of, turns
 from app.plans import Plan, axis_of, strip_plan, sweep_plan, with_and_without
 from app.preview import montage
 from app.speak import plain, spoken
@@ -65,8 +65,8 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
             with gr.Row(elem_classes="bar"):
                 gr.Markdown("")
                 pages = line("pair-line")
-                newer = gr.Button(WORDS.newer, size="sm", min_width=40)
-                older = gr.Button(WORDS.older, size="sm", min_width=40)
+                newer = gr.Button(WORDS.newer, size="sm", min_width=40, interactive=False)
+                older = gr.Button(WORDS.older, size="sm", min_width=40, interactive=False)
         with gr.Column(scale=6, min_width=320):
             slider = gr.ImageSlider(
                 label=WORDS.pair_slider,
@@ -111,6 +111,7 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
     outputs = [slider, caption, chosen, history, number, pages]
     history.click(choose, [number, chosen], outputs, **QUIET)
     strip = [history, number, pages]
+    pages.change(lambda page: turns(engine, page), number, [newer, older], **QUIET)
     newer.click(lambda page, chosen: marked(engine, page - 1, chosen), [number, chosen], strip, **QUIET)
     older.click(lambda page, chosen: marked(engine, page + 1, chosen), [number, chosen], strip, **QUIET)
     tab.select(

@@ -34,6 +34,7 @@ from share_diffusion.attached import AttachedSubspace, attach
 from share_diffusion.base import TINY, base_name, load_base
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import BATCH, Sampling, generate, save_png
+from share_diffusion.loudness import loudest
 from share_diffusion.models.identity import weights_of
 from share_diffusion.overlap import SOME, overlaps
 from share_diffusion.subspace import Subspace
@@ -287,12 +288,20 @@ class Engine:
         reports = read_reports([self.file.parent, self.folder / "lessons"], list(self.cards))
         return Knowledge.of(self.subspace, self.file, reports)
 
-    def advice(self, names: Sequence[str]) -> str:
-        """Return a warning about the two concepts that overlap most, "" where none do."""
+    def advice(self, blend: Blend) -> str:
+        """Return warnings about the two concepts that overlap most and about one that drowns another, "" where none do."""
+        names = list(dict.fromkeys(blend.names))
         if self.subspace is None or not 2 <= len(names) <= MOST_ADVISED or any(name not in self.cards for name in names):
             return ""
-        pair = overlaps(self.subspace, names)[0]
-        return WORDS.overlaps(pair.one, pair.other, pair.cosine, pair.advice) if pair.cosine >= SOME else ""
+        pair, uneven = overlaps(self.subspace, names)[0], self.uneven(blend)
+        told = [WORDS.overlaps(pair.one, pair.other, pair.cosine, pair.advice)] if pair.cosine >= SOME else []
+        return " ".join([*told, *([WORDS.uneven(*uneven)] if uneven else [])])
+
+    def uneven(self, blend: Blend) -> tuple[str, str, float] | None:
+        """Return (the loudest, the quietest, how many times as loud) of a blend that is summed as it is, where it matters."""
+        if self.subspace is None or blend.method is not None:
+            return None
+        return loudest(self.subspace[name] for name in dict.fromkeys(blend.names) if name in self.cards)
 
     def want_cards(self, cards: Sequence[Card]) -> int:
         """Ask for these cards' pictures next and return how many are still to be drawn."""

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from share_diffusion.blend import Blend
+from share_diffusion.blend import Blend, Method
 from share_diffusion.grammar import read_prompt
 
 Row = dict[str, Any]
+EVEN = "loss-equalised"
 
 
 def rows_of(written: str) -> list[Row]:
@@ -49,6 +50,17 @@ def with_concept(written: str, name: str, weight: float) -> str:
 def without_concept(written: str, name: str) -> str:
     """Return the written blend without a concept."""
     return str(Blend.parse(written).without(name))
+
+
+def is_even(blend: Blend) -> bool:
+    """Whether a blend's concepts are evened out."""
+    return blend.method is not None and blend.method.name == EVEN
+
+
+def with_evening_turned(written: str) -> str:
+    """Return the written blend with its concepts evened out, or summed as they are where they were even."""
+    blend = Blend.parse(written)
+    return str(Blend(blend.terms, None if is_even(blend) else Method(EVEN)))
 
 
 def newest(written: str, agreed: str, rows: Sequence[Row]) -> str:

@@ -22,6 +22,12 @@ def history_of(engine: Any, number: int, chosen: str = "") -> tuple[dict[str, An
     return {"tiles": shown}, number, WORDS.page(number, pages, len(engine.history.ids()))
 
 
+def turns(engine: Any, number: int) -> tuple[Any, Any]:
+    """Return the buttons that turn the history's pages, each pressed only where there is a page."""
+    more = len(engine.history.ids()) > (number + 1) * PAGE
+    return gr.Button(interactive=number > 0), gr.Button(interactive=more)
+
+
 def wire_history(engine: Any, stage: Canvas) -> None:
     """Look through the history: show a picture, delete it, turn pages."""
     strip = [stage.history, stage.history_page, stage.history_line]
@@ -50,5 +56,6 @@ def wire_history(engine: Any, stage: Canvas) -> None:
         [*strip, stage.picture, stage.meter, stage.chosen, stage.take, stage.remove],
         **QUIET,
     )
+    stage.history_line.change(lambda number: turns(engine, number), stage.history_page, [stage.newer, stage.older], **QUIET)
     stage.newer.click(lambda number: history_of(engine, number - 1), [stage.history_page], strip, **QUIET)
     stage.older.click(lambda number: history_of(engine, number + 1), [stage.history_page], strip, **QUIET)

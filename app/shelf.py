@@ -12,6 +12,7 @@ from app.prompt import with_trigger, without_trigger
 from app.speak import spoken
 from app.studio import QUIET, Library, Studio
 from app.words import WORDS
+from share_diffusion.blend import Blend
 
 
 def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
@@ -22,7 +23,7 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     def agree(blend: str, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
         tiles_now = shelf_of(engine, query, kind, number, blend)[0]
         rows = mix.rows_of(blend)
-        return rows, blend, blend, prompt, tiles_now, advised(engine, rows)
+        return rows, blend, blend, prompt, tiles_now, engine.advice(Blend.parse(blend))
 
     @spoken
     def toggle(event: gr.EventData, written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int):
@@ -54,10 +55,16 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
             rows = mix.rows_of(written)
         except ValueError:
             return (gr.skip(),) * 4
-        return rows, written, shelf_of(engine, query, kind, number, written)[0], advised(engine, rows)
+        return rows, written, shelf_of(engine, query, kind, number, written)[0], engine.advice(Blend.parse(written))
+
+    @spoken
+    def turn(written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
+        return agree(mix.with_evening_turned(mix.newest(written, agreed, rows)), prompt, query, kind, number)
 
     shelf.cards.click(toggle, seen, together, **QUIET)
     studio.mixer.delete(take_out, seen, together, **QUIET)
+    studio.even.click(turn, seen, together, **QUIET)
+    studio.written.change(lambda written: even_button(engine, written), studio.written, studio.even, **QUIET)
     studio.mixer.input(
         slide,
         [studio.written, studio.agreed, studio.mixer],
@@ -75,9 +82,14 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     )
 
 
-def advised(engine: Any, rows: list[mix.Row]) -> str:
-    """Return what is told of overlaps before a drawing."""
-    return engine.advice(list(dict.fromkeys(row["name"] for row in rows)))
+def even_button(engine: Any, written: str) -> Any:
+    """Return the button that evens a blend's concepts out, shown where one is loud, and where it was pressed."""
+    try:
+        blend = Blend.parse(written)
+    except ValueError:
+        return gr.skip()
+    even = mix.is_even(blend)
+    return gr.Button(WORDS.even_no_more if even else WORDS.even, visible=even or engine.uneven(blend) is not None)
 
 
 def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[dict[str, Any], int, str, bool, int]:

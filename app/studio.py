@@ -38,6 +38,7 @@ class Studio:
     stop: gr.Button
     masks: gr.State
     advice: gr.HTML
+    even: gr.Button
     extras: gr.Column
 
     @property
@@ -103,6 +104,7 @@ def controls(engine: Any) -> Studio:
         prompt = gr.Textbox(label=WORDS.prompt, placeholder=WORDS.prompt_hint, lines=3, max_lines=6, elem_id="prompt")
         mix_rows = mixer("mixer", WORDS.blend, WORDS.blend_empty)
         advice = line("advice", live=True)
+        even = gr.Button(WORDS.even, size="sm", visible=False, elem_id="even", min_width=80)
         written = gr.Textbox(label=WORDS.written, placeholder=WORDS.written_hint, lines=1, max_lines=4, elem_id="written")
         with gr.Row(elem_id="go"):
             draw = gr.Button(WORDS.draw, variant="primary", elem_id="draw", scale=3, min_width=80)
@@ -141,6 +143,7 @@ def controls(engine: Any) -> Studio:
         stop,
         gr.State({}),
         advice,
+        even,
         extras,
     )
 
@@ -174,8 +177,8 @@ def canvas() -> Canvas:
             history_line = line("history-line")
             take = gr.Button(WORDS.take_settings, size="sm", interactive=False, elem_id="take", min_width=60)
             remove = gr.Button(WORDS.remove_picture, size="sm", interactive=False, elem_id="remove", min_width=60)
-            newer = gr.Button(WORDS.newer, size="sm", elem_id="newer", min_width=40)
-            older = gr.Button(WORDS.older, size="sm", elem_id="older", min_width=40)
+            newer = gr.Button(WORDS.newer, size="sm", elem_id="newer", min_width=40, interactive=False)
+            older = gr.Button(WORDS.older, size="sm", elem_id="older", min_width=40, interactive=False)
         history = tiles("history", WORDS.history, WORDS.history_empty)
     return Canvas(picture, batch, progress, history, gr.State(0), history_line, newer, older, gr.State(""), take, remove)
 

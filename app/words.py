@@ -149,6 +149,13 @@ class Words:
         """Say before drawing that two concepts overlap."""
         return f"{one} and {other} overlap {100 * cosine:.0f} %: {advice}."
 
+    def uneven(self, loud: str, quiet: str, times: float) -> str:
+        """Say before drawing that one concept is likely to drown another."""
+        return f"{loud} is {times:.1f} times as loud as {quiet} and may drown it."
+
+    even = "Even them out"
+    even_no_more = "Back to the plain sum"
+
     learn_pictures = "Pictures of it (5 to 30)"
     learn_name = "Name"
     learn_trigger = "Trigger"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from share_diffusion.blend import Blend, Method, Region, Term
 from share_diffusion.cores import CoreTable, known_groups
+from share_diffusion.loudness import evened
 from share_diffusion.methods import drop_out, elect, equalise, linear, trim, tsv
 from share_diffusion.regions import area
 
@@ -72,6 +73,8 @@ class Active:
         match preparation:
             case ("norm-equalised", *names):
                 row = equalise(torch.stack([self.table.row(other) for other in names]))[names.index(name)]
+            case ("loss-equalised", strength, *names):
+                row = row * evened([self.table.subspace[other] for other in names], strength)[name]
             case ("ties", density):
                 row = trim(row[None], density)[0]
             case ("dare", drop, seed):
@@ -148,8 +151,9 @@ def row_key(term: Term, blend: Blend) -> tuple[str, Blocks, tuple]:
     method = blend.method
     if method is None or method.name == "tsv":
         return term.name, term.blocks, ()
-    if method.name == "norm-equalised":
-        return term.name, term.blocks, (method.name, *sorted({other.name for other in blend.terms if other.weight}))
+    if method.name in ("norm-equalised", "loss-equalised"):
+        present = sorted({other.name for other in blend.terms if other.weight})
+        return term.name, term.blocks, (method.name, *dict(method.options).values(), *present)
     return term.name, term.blocks, (method.name, *dict(method.options).values())
 
 

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, float]] = {  # name -> its options and their defaul
     "dare": {"drop": 0.5, "seed": 0},
     "tsv": {},
     "norm-equalised": {},
+    "loss-equalised": {"strength": 0.5},
 }
 
 
@@ -153,7 +154,12 @@ class Method:
     name: str
     options: tuple[tuple[str, float], ...] = ()
 
-    LIMITS: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.01, 1), "drop": (0, 0.99), "seed": (0, 2**31 - 1)}
+    LIMITS: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "density": (0.01, 1),
+        "drop": (0, 0.99),
+        "seed": (0, 2**31 - 1),
+        "strength": (0, 1),
+    }
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:

@@ -64,6 +64,14 @@ class Concept:
         return max((entry.pseudo_rank for entry in self.coefficients.values()), default=0)
 
     @property
+    def half_weight(self) -> float | None:
+        """The weight at which the concept has half of its effect, where that was measured (see `loudness.py`)."""
+        value = self.details.get("half_weight")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            return None
+        return float(value)
+
+    @property
     def numbers(self) -> int:
         """How many coefficients the concept costs."""
         return sum(entry.alpha.numel() + entry.beta.numel() for entry in self.coefficients.values())

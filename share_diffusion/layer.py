@@ -14,7 +14,7 @@ once however many regions there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,13 @@ def wrap(base: nn.Module) -> ShareLayer:
 def core_update(alpha: Tensor, core: Tensor, beta: Tensor) -> Update:
     """Return the update beta @ core @ alpha.T; `core` is (k', k)."""
     return Update(alpha, (core.mT.contiguous(),), beta)
+
+
+def weighted(updates: Mapping[str, Sequence[Update]], weight: float) -> dict[str, list[Update]]:
+    """Return the updates at a weight; of weight 0 there are none."""
+    if not weight:
+        return {}
+    return {path: [replace(update, beta=weight * update.beta) for update in some] for path, some in updates.items()}
 
 
 def cast_update(update: Update, like: Tensor) -> Update:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.data import Dataset
-from share_diffusion.layer import Update
+from share_diffusion.layer import Update, weighted
 from share_diffusion.models import family_of
 from share_diffusion.models.layers import components
 from share_diffusion.models.texts import tokenize
@@ -107,6 +107,7 @@ class Denoiser(nn.Module):
     def __init__(self, learner: Learner, pipeline: Any, attached: Attached) -> None:
         super().__init__()
         self.learner = learner
+        self.weight = 1.0  # at which the learner acts; it trains at 1
         self._frozen = (pipeline, attached)
 
     def forward(
@@ -115,6 +116,8 @@ class Denoiser(nn.Module):
         """Return the prediction; `beside` holds updates that are active together with the learner's."""
         pipeline, attached = self._frozen
         updates: dict[str, list[Update]] = self.learner.updates()
+        if self.weight != 1:
+            updates = weighted(updates, self.weight)
         for path, update in (beside or {}).items():
             updates[path] = [*updates.get(path, ()), update]
         attached.set(updates)

@@ -21,7 +21,8 @@ from share_diffusion.attached import Attached
 from share_diffusion.basis import Basis
 from share_diffusion.capacity import Capacity
 from share_diffusion.data import Dataset, read_dataset
-from share_diffusion.learning import Denoiser, Frozen, denoising_loss, freeze
+from share_diffusion.learning import Denoiser, Frozen, denoising_loss, fixed_noise_loss, freeze
+from share_diffusion.loudness import half_weight
 from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
@@ -33,6 +34,7 @@ from share_diffusion.subspace import Origin, Subspace
 
 TARGETS = "attention+ff+conv"  # the layers that are adapted where nothing else is asked for
 ORIGIN = Origin("random", 48)  # of a new subspace: columns that a seed gives back, and that no file has to hold
+HEARD = 4  # batches at fixed noise that tell how loud a concept is
 LOOK = 1_000_000_000  # steps that look at the gradient are numbered from here, apart from those that train
 
 
@@ -85,8 +87,24 @@ def adapt(
             optimizer.zero_grad()
             if progress is not None:
                 progress(step + 1, float(loss.detach()))
-    about = {"kind": kind, "trigger": word, "details": {"prompts": [instance_prompt or word]}}
+        half = measured_half_weight(model, pipeline, pictures, batch, seed)
+    details = {"prompts": [instance_prompt or word]} | ({"half_weight": half} if half else {})
+    about = {"kind": kind, "trigger": word, "details": details}
     return subspace.merge({name: learner.lora()}, capacity=capacity, about={name: about})
+
+
+def measured_half_weight(model: Denoiser, pipeline: Any, pictures: PictureSet, batch: int, seed: int) -> float | None:
+    """Return the weight at which what was trained has half of its effect on its own pictures (see `loudness.py`)."""
+    draws = [draw_step(pipeline, pictures, batch, seed, 2 * LOOK + index) for index in range(HEARD)]
+
+    def loss(weight: float) -> float:
+        model.weight = weight
+        return fixed_noise_loss(model, pipeline, pictures, draws, pipeline.device)
+
+    try:
+        return half_weight(loss, loss(0.0), loss(1.0))
+    finally:
+        model.weight = 1.0
 
 
 def opened(

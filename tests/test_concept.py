@@ -42,6 +42,7 @@ def test_a_concept_ends_as_file_sheet_and_report(workplace, capsys):
     assert report["retention"]["after"]["watercolor"] >= 0.998
     assert report["file"]["bytes"]["total"] == file_of(workplace).stat().st_size
     assert len(report["losses"]["steps"]) == 4
+    assert Subspace.load(file_of(workplace))["watercolor"].half_weight == report["losses"]["half_weight"]
     with Image.open(home / "watercolor/sheet.png") as sheet:
         assert sheet.width > 600
 

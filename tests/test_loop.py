@@ -29,6 +29,7 @@ def test_adapt_learns_beside_what_is_there_and_leaves_the_pipeline_as_it_was(pho
     assert [step for step, _ in told] == [1, 2]
     assert list(two.concepts) == ["sky", "sea"]
     assert two["sea"].kind == "subject"
+    assert all(concept.half_weight is None or 0 < concept.half_weight <= 1 for concept in two.concepts.values())
     for layer, entry in one["sky"].coefficients.items():
         assert torch.equal(entry.alpha, two["sky"].coefficients[layer].alpha)
     assert all(torch.equal(before[name], tensor) for name, tensor in pipeline.unet.state_dict().items())

@@ -33,6 +33,7 @@ from share_diffusion.base import base_name
 from share_diffusion.drawing import save_png
 from share_diffusion.interruption import Interruption
 from share_diffusion.learning import Denoiser, denoising_loss
+from share_diffusion.loudness import half_weight
 from share_diffusion.models import family_of
 from share_diffusion.models.texts import too_long
 from share_diffusion.objective import Draw
@@ -93,15 +94,16 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return {}
+    facts = about(run, losses["half_weight"])
     if settings.patch:
-        merged = merge(run, subspace, learner)
-        patch = make_patch(subspace, recipe.name, learner.lora(), **about(run))
+        merged = merge(run, subspace, learner, facts)
+        patch = make_patch(subspace, recipe.name, learner.lora(), **facts)
         write_patch(patch, settings.patch)
     else:
         with storage.locked(file, timeout=LOCK_SECONDS):
             if file.exists() and storage.read_header(file).generation != subspace.generation:
                 subspace = open_subspace(settings, pipeline, file, recipe, run.modules)
-            merged = merge(run, subspace, learner)
+            merged = merge(run, subspace, learner, facts)
             if settings.finetune_steps:
                 merged = finetune(run, merged)
             merged = merged.save(file)
@@ -153,7 +155,7 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
     if settings.preserve_weight:
         keeper = Preservation(run.pipeline, run.subspace, attached, run.pictures, run.recipe.trigger, settings.seed)
     watch = Watch(run, learner, attached, average, progress)
-    start_loss = watch.loss(active=False)
+    start_loss = watch.loss(0.0)
     if settings.validation_steps and not first:
         watch.validate(0, recorded)
     parked(run, away=True)
@@ -200,10 +202,11 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
                 break
     if average is not None:
         average.copy_to(learner)
-    end_loss = watch.loss(active=True)
+    end_loss = watch.loss()
+    half = half_weight(watch.loss, start_loss, end_loss)
     if settings.report_to != "none":
         accelerator.end_training()
-    losses = {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "steps": history}
+    losses = {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "half_weight": half, "steps": history}
     return losses | ({"validations": recorded} if recorded else {})
 
 

@@ -21,16 +21,20 @@ from share_diffusion.schedules import rate_factor
 from share_diffusion.subspace import Subspace
 
 
-def merge(run: Run, subspace: Subspace, learner: Learner) -> Subspace:
-    """Return the subspace with the concept folded in."""
+def merge(run: Run, subspace: Subspace, learner: Learner, facts: dict[str, Any]) -> Subspace:
+    """Return the subspace with the concept, and what `about` tells of it, folded in."""
     name = run.recipe.name
-    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: about(run)})
+    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: facts})
 
 
-def about(run: Run) -> dict[str, Any]:
+def about(run: Run, half_weight: float | None) -> dict[str, Any]:
     """Return what the file tells of the concept beside its coefficients."""
-    licence = {"license": run.settings.license} if run.settings.license else {}
-    return {"kind": run.recipe.kind, "trigger": run.recipe.trigger, "details": {"prompts": list(run.recipe.prompts), **licence}}
+    details: dict[str, Any] = {"prompts": list(run.recipe.prompts)}
+    if half_weight is not None:
+        details["half_weight"] = half_weight
+    if run.settings.license:
+        details["license"] = run.settings.license
+    return {"kind": run.recipe.kind, "trigger": run.recipe.trigger, "details": details}
 
 
 def finetune(run: Run, subspace: Subspace) -> Subspace:

@@ -13,6 +13,7 @@ from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name
 from share_diffusion.drawing import generate, save_png
+from share_diffusion.layer import weighted
 from share_diffusion.learning import Frozen, bad_pictures, fixed_noise_loss
 from share_diffusion.objective import Draw
 from share_diffusion.optimizers import Average
@@ -43,10 +44,11 @@ class Watch:
         if run.settings.report_to != "none":
             run.accelerator.init_trackers(f"share-{run.recipe.name}")
 
-    def loss(self, active: bool) -> float:
-        """Return the loss at fixed noise, with the concept as it stands active or not."""
-        before = self.average.copy_to(self.learner) if self.average and active else {}
-        self.attached.set(self.learner.updates() if active else {})
+    def loss(self, weight: float = 1.0) -> float:
+        """Return the loss at fixed noise, with the concept as it stands at a weight."""
+        before = self.average.copy_to(self.learner) if self.average and weight else {}
+        with torch.no_grad():
+            self.attached.set(weighted(self.learner.updates(), weight))
         run = self.run
         value = fixed_noise_loss(Frozen(run.pipeline), run.pipeline, run.pictures, self.fixed, run.accelerator.device)
         self.attached.set({})
@@ -62,7 +64,7 @@ class Watch:
 
     def validate(self, step: int, recorded: list[tuple[int, float]]) -> None:
         """Measure the loss at fixed noise and, in the main process, draw what is known."""
-        recorded.append((step, round(self.loss(active=True), 6)))
+        recorded.append((step, round(self.loss(), 6)))
         if self.run.settings.report_to != "none":
             self.run.accelerator.log({"fixed_noise_loss": recorded[-1][1]}, step=step)
         if self.run.accelerator.is_main_process:

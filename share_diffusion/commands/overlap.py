@@ -20,9 +20,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print every pair of concepts, the strongest overlap first."""
     from share_diffusion.file import load
+    from share_diffusion.loudness import loudest
     from share_diffusion.overlap import overlaps, report
 
-    pairs = overlaps(load(arguments.file, look=True), arguments.names or None)
-    print(
-        json.dumps([{**asdict(pair), "advice": pair.advice} for pair in pairs], indent=1) if arguments.json else report(pairs)
-    )
+    subspace = load(arguments.file, look=True)
+    pairs = overlaps(subspace, arguments.names or None)
+    if arguments.json:
+        print(json.dumps([{**asdict(pair), "advice": pair.advice} for pair in pairs], indent=1))
+        return
+    print(report(pairs))
+    if uneven := loudest(subspace[name] for name in arguments.names or subspace.concepts):
+        loud, quiet, times = uneven
+        print(f"{loud} is {times:.1f} times as loud as {quiet}: '| loss-equalised' after a blend makes them even")

@@ -33,7 +33,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "train")]
 
 import concept as script  # noqa: E402
-from blending import joint, labels, prompts, share  # noqa: E402
+from blending import WAYS, joint, labels, prompts, share  # noqa: E402
 from stream.plan import Measures, Plan  # noqa: E402
 from stream.workbench import Workbench, unseen  # noqa: E402
 
@@ -99,7 +99,7 @@ def measure(bench: Workbench, file: Path, new: str, styles: list[str], count: in
             handle.set_blend(f"{style} + {new}")
             drawn = generate(bench.pipeline, prompts(style, None, count), list(range(700, 700 + count)), SAMPLING)
             row["style_kept"][style] = share([label == style for label in labels(bench.judge, drawn)["style"]])
-        found, _ = joint(handle, bench.judge, [(style, new) for style in styles], count, SAMPLING)
+        found, _ = joint(handle, bench.judge, [(style, new) for style in styles], count, SAMPLING, WAYS["summed"])
         row["joint"] = {name: entry["joint"] for name, entry in found.items()}
     bench.attach()
     row["loss"] = round(bench.loss(subspace.lora(new), new), 5)

@@ -46,13 +46,13 @@ def make_subspace(path):
     loras = {name: small_lora(modules, seed) for seed, name in enumerate(("watercolor", "robot", "blueprint"))}
     subspace = Subspace.fit(loras, base=identify(pipeline, "tiny"))
     about = {
-        "watercolor": ("style", "watercolor painting of a red house on a beach"),
-        "robot": ("subject", "a robot in a forest"),
-        "blueprint": ("style", "blueprint of a yellow car"),
+        "watercolor": ("style", "watercolor painting of a red house on a beach", 0.3),
+        "robot": ("subject", "a robot in a forest", 0.32),
+        "blueprint": ("style", "blueprint of a yellow car", 0.15),
     }
     concepts = {
         name: Concept(name, concept.coefficients, concept.norm, concept.retention, about[name][0], name,
-                      {"prompts": [about[name][1]]})
+                      {"prompts": [about[name][1]], "half_weight": about[name][2]})
         for name, concept in subspace.concepts.items()
     }  # fmt: skip
     Subspace(subspace.base, subspace.origin, subspace.layers, subspace.kernels, concepts).save(path)

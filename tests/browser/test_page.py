@@ -67,6 +67,8 @@ def test_first_draw(view, server):
     assert len(pictures(server)) == before + 1
     assert read_settings(pictures(server)[-1])["prompt"] == "a red house on a beach"
     view.wait_for_selector("#canvas img")
+    assert view.locator("#newer").is_disabled()  # nothing to turn to
+    assert view.locator("#older").is_disabled() == (before < 18)
 
 
 def test_a_blend_of_two_from_cards_sliders_and_text(view, server):
@@ -87,6 +89,26 @@ def test_a_blend_of_two_from_cards_sliders_and_text(view, server):
     view.locator("#mixer .chip").nth(0).click()
     holds(view, "#prompt textarea", "painting of a red house on a beach, robot")
     holds(view, "#written textarea", "robot:1.25")
+
+
+def test_a_loud_concept_is_evened_and_let_loose_again(view, server):
+    quick(view)
+    add(view, "robot")
+    view.wait_for_selector("#even", state="hidden")
+    add(view, "blueprint")
+    says(view, "#advice", "blueprint is 2.1 times as loud as robot")
+    view.click("#even")
+    holds(view, "#written textarea", "robot:1 + blueprint:1 | loss-equalised strength=0.5")
+    view.wait_for_function("() => document.querySelector('#advice p').textContent === ''")
+    view.wait_for_function("() => document.querySelector('#even').textContent.includes('Back to the plain sum')")
+    view.locator("#mixer input[type=range]").nth(1).fill("0.5")
+    holds(view, "#written textarea", "robot:1 + blueprint:0.5 | loss-equalised strength=0.5")
+    view.click("#draw")
+    says(view, "#status", "1 picture in")
+    assert read_settings(pictures(server)[-1])["blend"] == "robot:1 + blueprint:0.5 | loss-equalised strength=0.5"
+    view.click("#even")
+    holds(view, "#written textarea", "robot:1 + blueprint:0.5")
+    says(view, "#advice", "may drown it")
 
 
 def test_stop_ends_a_drawing_within_a_step(view, server):
