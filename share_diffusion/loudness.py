@@ -12,20 +12,11 @@ compares both with the plain sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+
+from share_diffusion.concept import Concept
 
 HALVINGS = 4
 LOUDER = 1.4  # from this ratio on, one concept is likely to drown another
-
-
-class Heard(Protocol):
-    """What has a name and perhaps a half weight."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def half_weight(self) -> float | None: ...
 
 
 def half_weight(loss: Callable[[float], float], without: float, whole: float) -> float | None:
@@ -48,7 +39,7 @@ def half_weight(loss: Callable[[float], float], without: float, whole: float) ->
     return round(low + (high - low) * (above - middle) / (above - below), 4)
 
 
-def evened(concepts: Iterable[Heard], strength: float = 0.5) -> dict[str, float]:
+def evened(concepts: Iterable[Concept], strength: float = 0.5) -> dict[str, float]:
     """Return the factor of each concept's weight that makes all equally loud: (half weight / the largest) ** strength.
 
     The quietest concept keeps its weight. Raises ValueError for concepts that were never measured, naming all of them.
@@ -64,7 +55,7 @@ def evened(concepts: Iterable[Heard], strength: float = 0.5) -> dict[str, float]
     return {name: (half / largest) ** strength for name, half in known.items()}
 
 
-def loudest(concepts: Iterable[Heard]) -> tuple[str, str, float] | None:
+def loudest(concepts: Iterable[Concept]) -> tuple[str, str, float] | None:
     """Return (the loudest, the quietest, how many times as loud) of measured concepts where that is worth telling."""
     known = sorted((concept.half_weight, concept.name) for concept in concepts if concept.half_weight is not None)
     if len(known) < 2 or known[-1][0] < LOUDER * known[0][0]:
