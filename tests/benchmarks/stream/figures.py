@@ -25,6 +25,11 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+def keep(image: Image.Image, path: Path) -> None:
+    """Write a figure in 256 colours, small enough for the repository."""
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def shade(value: float) -> tuple[int, int, int]:
     """Return a colour from white (0) over blue (1); below 0 it turns red."""
     low, high = ((214, 96, 77) if value < 0 else (255, 255, 255)), (33, 102, 172)
@@ -57,7 +62,7 @@ def heat_maps(study: Study, methods: Sequence[str], path: Path) -> None:
             draw.text((left + row * CELL + 4, 34 + last * CELL), matrix.names[row][:6], fill=INK, font=font(10))
     about = "row: after learning it; column: concept; 0 base, 1 own LoRA (held-out loss)"
     draw.text((10, height - 24), about, fill=INK, font=font(12))
-    page.save(path)
+    keep(page, path)
 
 
 class Axes:
@@ -118,7 +123,7 @@ def quality_against_bytes(study: Study, summary: Mapping[str, Mapping[str, float
     axes.ticks(sizes, [0.0, 0.25, 0.5, 0.75, 1.0], "bytes of all files, log scale", "normalised score after the last concept")
     for index, (name, size, score) in enumerate(points):
         axes.mark(size, score, COLOURS[index % len(COLOURS)], name)  # type: ignore[arg-type]
-    axes.image.save(path)
+    keep(axes.image, path)
 
 
 def learning_curves(study: Study, methods: Sequence[str], path: Path) -> None:
@@ -136,7 +141,7 @@ def learning_curves(study: Study, methods: Sequence[str], path: Path) -> None:
             axes.draw.text((460, 250 + 16 * drawn), name, fill=COLOURS[index % len(COLOURS)], font=font(12))
             drawn += 1
     if drawn:
-        axes.image.save(path)
+        keep(axes.image, path)
 
 
 def normalised_curve(study: Study, row: dict) -> dict[int, float]:
@@ -165,7 +170,7 @@ def over_the_stream(study: Study, methods: Sequence[str], path: Path) -> None:
             axes.line(known, COLOURS[index % len(COLOURS)])
             axes.draw.text((80, 230 + 15 * drawn), name, fill=COLOURS[index % len(COLOURS)], font=font(12))
             drawn += 1
-    axes.image.save(path)
+    keep(axes.image, path)
 
 
 def scores_at(study: Study, matrices: Sequence[Matrix], after: int) -> float | None:
@@ -197,4 +202,4 @@ def contact_sheet(study: Study, methods: Sequence[str], pictures: Path, path: Pa
                 page.paste(large, (8 + column * (width + 8), row * step + 22))
     for column, name in enumerate(names):
         draw.text((8 + column * (width + 8), len(lines) * step + 8), name, fill=INK, font=font(13))
-    page.save(path)
+    keep(page, path)
