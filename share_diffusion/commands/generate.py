@@ -70,7 +70,11 @@ def blend_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="e.g. 'watercolor:0.8 + robot:0.5[steps=0.2..1][blocks=down,mid]'; empty is the untouched base",
     )
-    parser.add_argument("--method", help="linear (default), 'ties density=0.5', 'dare drop=0.5 seed=0', tsv, norm-equalised")
+    parser.add_argument(
+        "--method",
+        help="linear (default), 'ties density=0.5', 'dare drop=0.5 seed=0', tsv, norm-equalised, "
+        "'loss-equalised strength=0.5'",
+    )
     parser.add_argument(
         "--regions",
         nargs="+",
