@@ -72,8 +72,7 @@ def blend_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        help="linear (default), 'ties density=0.5', 'dare drop=0.5 seed=0', tsv, norm-equalised, "
-        "'loss-equalised strength=0.5'",
+        help="linear (default), 'ties density=0.5', 'dare drop=0.5 seed=0', tsv, norm-equalised, 'loss-equalised strength=0.5'",
     )
     parser.add_argument(
         "--regions",
