@@ -42,9 +42,11 @@ def half_weight(loss: Callable[[float], float], without: float, whole: float) ->
 def evened(concepts: Iterable[Concept], strength: float = 0.5) -> dict[str, float]:
     """Return the factor of each concept's weight that makes all equally loud: (half weight / the largest) ** strength.
 
-    The quietest concept keeps its weight. Raises ValueError for concepts that were never measured, naming all of them.
+    The quietest concept keeps its weight, and so does one alone. Raises ValueError for concepts that were never measured, naming all of them.
     """
     held = {concept.name: concept.half_weight for concept in concepts}
+    if len(held) == 1:
+        return dict.fromkeys(held, 1.0)
     if silent := sorted(name for name, half in held.items() if half is None):
         raise ValueError(
             f"it is not known how loud {', '.join(silent)} is: that is measured when a concept is learned; "

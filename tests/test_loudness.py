@@ -53,6 +53,8 @@ def test_the_quietest_keeps_its_weight_and_equals_are_left_alone():
     assert evened([concept("loud", 0.2), concept("quiet", 0.4)]) == pytest.approx({"loud": 0.5**0.5, "quiet": 1.0})
     assert evened([concept("loud", 0.2), concept("quiet", 0.4)], 0) == {"loud": 1.0, "quiet": 1.0}
     assert evened([concept("a", 0.3), concept("b", 0.3)]) == {"a": 1.0, "b": 1.0}
+    assert evened([concept("a")]) == {"a": 1.0}
+    assert evened([]) == {}
 
 
 @pytest.mark.parametrize("half", [None, 0, -1, 1.5, True, "0.3"])

@@ -31,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
     print(report(pairs))
     if uneven := loudest(subspace[name] for name in arguments.names or subspace.concepts):
         loud, quiet, times = uneven
-        print(f"{loud} is {times:.1f} times as loud as {quiet}: '| loss-equalised' after a blend makes them even")
+        print(f"{loud} is {times:.1f} times as loud as {quiet}: '| loss-equalised' after a blend evens them out")
