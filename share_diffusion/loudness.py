@@ -42,7 +42,8 @@ def half_weight(loss: Callable[[float], float], without: float, whole: float) ->
 def evened(concepts: Iterable[Concept], strength: float = 0.5) -> dict[str, float]:
     """Return the factor of each concept's weight that makes all equally loud: (half weight / the largest) ** strength.
 
-    The quietest concept keeps its weight, and so does one alone. Raises ValueError for concepts that were never measured, naming all of them.
+    The quietest concept keeps its weight, and so does one alone. Raises ValueError for concepts that were never measured,
+    naming all of them.
     """
     held = {concept.name: concept.half_weight for concept in concepts}
     if len(held) == 1:
