@@ -1,6 +1,6 @@
 """How loud a concept is: at which weight it has half of its effect on its own pictures.
 
-    gain(w) = (L(0) - L(w)) / (L(0) - L(1)),    half weight = the first w with gain(w) >= 1/2
+    gain(w) = (L(0) - L(w)) / (L(0) - L(1)),    half weight = a w with gain(w) = 1/2
 
 L(w) is the denoising loss on the concept's training pictures, at fixed times and noise, with the concept at weight w. A
 style that repaints everything has half of its effect at a weight of .2, a shy one at .4; in one picture the first drowns
