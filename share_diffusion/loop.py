@@ -26,6 +26,7 @@ from share_diffusion.loudness import half_weight
 from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
+from share_diffusion.optimizers import RATE, make_optimizer
 from share_diffusion.picture_set import PictureSet, prepare_pictures
 from share_diffusion.recipe import default_trigger
 from share_diffusion.schedules import rate_factor
@@ -54,7 +55,7 @@ def adapt(
     resolution: int | None = None,
     steps: int = 400,
     batch: int = 8,
-    learning_rate: float = 1e-2,
+    learning_rate: float = RATE,
     factor_learning_rate: float = 2e-3,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
@@ -72,7 +73,7 @@ def adapt(
     with learning(pipeline, subspace, pictures, chosen, targets, train_text_encoder, batch, seed) as parts:
         learner, model = parts
         groups = learner.parameter_groups(learning_rate, factor_learning_rate)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = make_optimizer("adamw", groups)
         rates = [group["lr"] for group in optimizer.param_groups]
         for step in range(steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

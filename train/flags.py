@@ -16,6 +16,7 @@ from share_diffusion.loop import ORIGIN, TARGETS
 from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
+from share_diffusion.optimizers import RATE
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
 from share_diffusion.subspace import Origin
@@ -100,8 +101,8 @@ class ConceptSettings:
     num_train_epochs: int | None = flag(None, "passes over the pictures, in place of steps", aliases=("max_train_epochs",))
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip
-    optimizer_args: tuple[str, ...] = flag((), "its arguments, as weight_decay=0.01 fused=True")
-    learning_rate: float = flag(1e-2, "rate of the coefficients", aliases=("unet_lr",))
+    optimizer_args: tuple[str, ...] = flag((), "its arguments, as weight_decay=0.5 fused=True (adamw has 1 by itself)")
+    learning_rate: float = flag(RATE, "rate of the coefficients", aliases=("unet_lr",))
     factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
     text_encoder_lr: float | None = flag(None, "rate of coefficients in text encoders (default: LEARNING_RATE)")
     lr_scheduler: str = flag("cosine", "schedule", choices=SCHEDULES)

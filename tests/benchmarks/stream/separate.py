@@ -28,7 +28,7 @@ SCALES = (0.1, 0.3, 1.0, 3.0)  # of the mean, tried on the training pictures
 
 
 def own_lora(
-    bench: Workbench, concept: str, seed: int, rank: int | None = None, rate: float | None = None
+    bench: Workbench, concept: str, seed: int, rank: int | None = None, rate: float | None = None, decay: float = 0.0
 ) -> tuple[LoRA, Lesson]:
     """Return a concept's own LoRA and what it took, trained where there is none yet."""
     training = bench.plan.training
@@ -36,10 +36,11 @@ def own_lora(
 
     def train() -> tuple[LoRA, Lesson]:
         learner = make_learner(bench.modules, {}, Adaptation("lora", rank=rank), {}, seed)
-        lesson = bench.teach(learner, concept, bench.lessons(concept, seed), (training.rate, rate))
+        lesson = bench.teach(learner, concept, bench.lessons(concept, seed), (training.rate, rate), decay=decay)
         return learner.lora(), lesson
 
-    return kept(bench, f"lora-rate{rate:g}-rank{rank}-seed{seed}", concept, train, torch.float16)
+    told = f"-decay{decay:g}" if decay else ""
+    return kept(bench, f"lora-rate{rate:g}{told}-rank{rank}-seed{seed}", concept, train, torch.float16)
 
 
 def kept(
@@ -102,13 +103,15 @@ class OwnLoRA:
 
     every_step = True
 
-    def __init__(self, bench: Workbench, seed: int, rank: int | None = None, rate: float | None = None) -> None:
-        self.bench, self.seed, self.rank, self.rate = bench, seed, rank, rate
+    def __init__(
+        self, bench: Workbench, seed: int, rank: int | None = None, rate: float | None = None, decay: float = 0.0
+    ) -> None:
+        self.bench, self.seed, self.rank, self.rate, self.decay = bench, seed, rank, rate, decay
         self.loras: dict[str, LoRA] = {}
 
     def learn(self, concept: str) -> Lesson:
         """Train the concept's LoRA."""
-        self.loras[concept], lesson = own_lora(self.bench, concept, self.seed, self.rank, self.rate)
+        self.loras[concept], lesson = own_lora(self.bench, concept, self.seed, self.rank, self.rate, self.decay)
         return lesson
 
     def update(self, concept: str) -> LoRA:

@@ -22,6 +22,7 @@ from share_diffusion.adapt import Adaptation, make_learner
 from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.optimizers import DECAY, RATE
 from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Origin, Subspace
 from stream.separate import kept, own_lora
@@ -48,7 +49,8 @@ class ShareStream:
         self.finetune_steps: int = options.pop("finetune", 0)
         self.text_encoder: bool = options.pop("text_encoder", True)
         self.own_seeds: bool = options.pop("own_seeds", False)
-        self.rate: float = options.pop("rate", bench.plan.training.rate)
+        self.rate: float = options.pop("rate", RATE)
+        self.decay: float = options.pop("decay", DECAY)
         origin = options.pop("origin", "adapters")
         derived = Origin(origin, options.pop("derived_rank", 0), seed if origin == "random" else 0)
         if options:
@@ -69,7 +71,7 @@ class ShareStream:
         elif mode == "coefficients" and not self.learned_columns():  # then neither order nor earlier concepts have a say
             origin = self.subspace.origin
             basis = f"{origin.kind}-{origin.rank}-{origin.seed}"
-            way = f"{basis}-p{self.ranks[0]}-rate{self.rate:g}-text{self.text_encoder:d}-seed{seed}"
+            way = f"{basis}-p{self.ranks[0]}-rate{self.rate:g}-decay{self.decay:g}-text{self.text_encoder:d}-seed{seed}"
             lora, lesson = kept(self.bench, way, concept, lambda: self.adapt(concept, mode, seed))
         else:
             lora, lesson = self.adapt(concept, mode, seed)
@@ -97,7 +99,7 @@ class ShareStream:
         directions = self.bench.directions(concept, bases, rank, seed) if wanted else {}
         learner = make_learner(self.modules, bases, adaptation, directions, seed)
         rates = (self.rate, training.lora_rate if first and not wanted else training.factor_rate)
-        lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, seed), rates)
+        lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, seed), rates, decay=self.decay)
         return learner.lora(), lesson
 
     def finetune(self, concept: str) -> None:

@@ -140,13 +140,14 @@ class Workbench:
         rates: tuple[float, float],
         steps: int | None = None,
         penalty: Callable[[Learner], Tensor] | None = None,
+        decay: float = 0.0,
     ) -> Lesson:
         """Train a learner at (coefficients', factors') rates and return what it took; `penalty` is added to the loss."""
         training = self.plan.training
         steps, started, watched = steps or training.steps, time.perf_counter(), 0.0
         learner.to(self.device)
         groups = learner.parameter_groups(*rates)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
         highest = [group["lr"] for group in optimizer.param_groups]
         model, curve = Denoiser(learner, self.pipeline, self.attached), {}
         for step in range(steps):
