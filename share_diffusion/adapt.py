@@ -27,6 +27,7 @@ from share_diffusion.models.layers import shape_of
 
 MODES = ("gradient", "coefficients", "temporary", "hybrid", "lora")
 SKETCH = 16  # columns of the random sketch of a gradient
+START = 0.3  # norm of a starting column of coefficients in frozen bases: what it holds is noise, and little is soon outgrown
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class LearningPath(nn.Module):
         if pseudo_rank is not None:
             rank = min(pseudo_rank, alpha.shape[1], beta.shape[1])
             start = torch.randn(alpha.shape[1], rank, generator=generator) / alpha.shape[1] ** 0.5
-            self.coefficients_alpha = nn.Parameter(start)
+            self.coefficients_alpha = nn.Parameter(start if train_factors else START * start)
             self.coefficients_beta = nn.Parameter(torch.zeros(beta.shape[1], rank))
 
     def update(self) -> Update:

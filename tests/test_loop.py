@@ -4,11 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from share_diffusion.adapt import Adaptation
+from share_diffusion.adapt import START, Adaptation, make_learner
 from share_diffusion.attached import attach
 from share_diffusion.base import load_base
+from share_diffusion.basis import Basis
 from share_diffusion.loop import adapt
-from share_diffusion.optimizers import Average, make_optimizer
+from share_diffusion.optimizers import DECAY, RATE, Average, make_optimizer
 
 
 @pytest.fixture
@@ -59,6 +60,26 @@ class Averaging(torch.optim.SGD):
 
     def eval(self):
         pass
+
+
+@pytest.mark.parametrize(("words", "decay"), [([], DECAY), (["weight_decay=0.25"], 0.25)])
+def test_what_the_loss_does_not_ask_for_decays_with_the_rate(words, decay):
+    coefficients = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = make_optimizer("adamw", [{"params": [coefficients], "lr": RATE}], words)
+    for _ in range(5):
+        coefficients.grad = torch.zeros_like(coefficients)
+        optimizer.step()
+    assert torch.allclose(coefficients, torch.full_like(coefficients, (1 - RATE * decay) ** 5), atol=1e-12)
+
+
+def test_coefficients_start_small_in_columns_that_are_frozen_and_at_norm_one_in_those_that_train():
+    module = torch.nn.Linear(400, 300)
+    basis = Basis(torch.eye(400, 200), torch.eye(300, 200))
+    for mode, norm in (("coefficients", START), ("temporary", 1.0)):
+        learner = make_learner({"layer": module}, {"layer": basis}, Adaptation(mode, 4, 200), {}, seed=0)
+        (path,) = learner.by_layer()["layer"]
+        assert torch.allclose(path.coefficients_alpha.norm(dim=0), torch.tensor(norm), rtol=0.2)
+        assert not path.coefficients_beta.any()
 
 
 def test_optimizers_are_found_by_name_or_path_and_refuse_what_they_lack():

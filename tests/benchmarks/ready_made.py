@@ -2,7 +2,7 @@
 
     python tests/benchmarks/ready_made.py
 
-The file was learned, with the defaults, by
+The file was learned, without weight decay and with starting columns of norm 1 (the defaults of the day), by
 
     python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --workers 2 --no-sheet
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from share_diffusion.adapt import Adaptation, make_learner
+from share_diffusion.adapt import START, Adaptation, make_learner
 from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
@@ -34,7 +34,8 @@ FILE = "subspace.safetensors"
 class ShareStream:
     """Share: `mode` of adaptation with p = `pseudo_rank` and phi = `temporary_rank`, from a basis of some `origin`.
 
-    The first `start` concepts are learned in `start_mode` instead. `basis_rank` caps the columns of every layer's bases.
+    The first `start` concepts are learned in `start_mode` instead. `basis_rank` caps the columns of every layer's bases;
+    `begin` is the norm of a starting column of coefficients.
     """
 
     every_step = True
@@ -51,6 +52,7 @@ class ShareStream:
         self.own_seeds: bool = options.pop("own_seeds", False)
         self.rate: float = options.pop("rate", RATE)
         self.decay: float = options.pop("decay", DECAY)
+        self.begin: float = options.pop("begin", START)
         origin = options.pop("origin", "adapters")
         derived = Origin(origin, options.pop("derived_rank", 0), seed if origin == "random" else 0)
         if options:
@@ -71,7 +73,8 @@ class ShareStream:
         elif mode == "coefficients" and not self.learned_columns():  # then neither order nor earlier concepts have a say
             origin = self.subspace.origin
             basis = f"{origin.kind}-{origin.rank}-{origin.seed}"
-            way = f"{basis}-p{self.ranks[0]}-rate{self.rate:g}-decay{self.decay:g}-text{self.text_encoder:d}-seed{seed}"
+            pace = f"rate{self.rate:g}-decay{self.decay:g}-begin{self.begin:g}"
+            way = f"{basis}-p{self.ranks[0]}-{pace}-text{self.text_encoder:d}-seed{seed}"
             lora, lesson = kept(self.bench, way, concept, lambda: self.adapt(concept, mode, seed))
         else:
             lora, lesson = self.adapt(concept, mode, seed)
@@ -98,6 +101,10 @@ class ShareStream:
         rank = training.rank if first and mode == "gradient" else self.ranks[1]
         directions = self.bench.directions(concept, bases, rank, seed) if wanted else {}
         learner = make_learner(self.modules, bases, adaptation, directions, seed)
+        with torch.no_grad():
+            for path in (path for some in learner.by_layer().values() for path in some):
+                if path.coefficients_alpha is not None and not path.alpha.requires_grad:
+                    path.coefficients_alpha.mul_(self.begin / START)
         rates = (self.rate, training.lora_rate if first and not wanted else training.factor_rate)
         lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, seed), rates, decay=self.decay)
         return learner.lora(), lesson
