@@ -214,7 +214,7 @@ class Workbench:
         """Return what the judge sees in pictures of a concept under an update; the first one is kept at `picture`."""
         measure = self.memory.once("judge", concept, lora, lambda: self.draw_and_judge(lora, concept))
         kept = self.memory.picture("judge", concept, lora)
-        if picture is not None and kept.exists() and not picture.exists():
+        if picture is not None and kept.exists():  # also where a picture of other settings lies
             picture.parent.mkdir(parents=True, exist_ok=True)
             picture.write_bytes(kept.read_bytes())
         return Seen(**measure)
