@@ -8,7 +8,8 @@ LoRA of rank 8 gains on the same layers ("score": 0 is the untouched base, 1 tha
 prompts in which the judge sees the concept, how many numbers train, and the bytes that the file grows by, columns and
 all: coefficients in a basis of no bytes in 8 bits, the rest in half precision. Every finished line is kept in
 results/adaptation.csv and never measured twice; to run on two cores start the command twice with different concepts. One
-seed: differences of .01 in score or of .1 for the judge are noise.
+seed: differences of .01 in score or of .1 for the judge are noise. Coefficients learn with the default's weight decay; lines
+whose way ends in "no decay" are from before it, with starting columns of norm 1; they are in the file, not in the table.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from stream.plan import Measures, Plan, Training  # noqa: E402
 from stream.workbench import Workbench  # noqa: E402
 
 from share_diffusion.adapt import Adaptation, make_learner  # noqa: E402
+from share_diffusion.optimizers import DECAY  # noqa: E402
 from share_diffusion.packed import stored_bytes  # noqa: E402
 from share_diffusion.subspace import Origin, Subspace  # noqa: E402
 
@@ -87,7 +89,8 @@ def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
     directions = bench.directions(concept, {}, way.adaptation.temporary_rank, 0) if way.adaptation.looks_at_gradient else {}
     learner = make_learner(bench.modules, dict(empty.layers), way.adaptation, directions, 0)
     rates = way.rate, bench.plan.training.lora_rate
-    lesson = bench.teach(learner, concept, bench.lessons(concept, 0), rates)
+    decay = 0.0 if way.adaptation.mode == "lora" else DECAY
+    lesson = bench.teach(learner, concept, bench.lessons(concept, 0), rates, decay=decay)
     lora = learner.lora()
     seen, size = bench.seen(lora, concept), 2 * lesson.trainable
     if way.adaptation.looks_at_gradient:
