@@ -262,7 +262,7 @@ def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace)
         for layer, entry in one[name].coefficients.items():
             other = two[name].coefficients[layer]
             for side, again in ((entry.alpha, other.alpha), (entry.beta, other.beta)):
-                # Sums differ in the last place with threads and with where memory lies: some cross to the next step of 8 bits.
+                # Two trainings differ in the last place, even in one thread (why is not known): some cross to the next step.
                 assert ((side - again).abs() <= 1.02 * side.abs().amax(0) / 127).all()
                 equal.append((side == again).flatten())
         assert torch.cat(equal).float().mean() > 0.9995
