@@ -54,17 +54,21 @@ class Adaptation:
 
 
 class LearningPath(nn.Module):
-    """One low-rank path in training: alpha (in, k), coefficients (k, p) and (k', p) or none, beta (out, k')."""
+    """One low-rank path in training: alpha (in, k), coefficients (k, p) and (k', p) or none, beta (out, k').
+
+    Bases are laid out alike wherever they come from, a file or a seed: a product's last bit depends on its layout.
+    """
 
     def __init__(
         self, alpha: Tensor, beta: Tensor, pseudo_rank: int | None, train_factors: bool, generator: torch.Generator
     ) -> None:
         super().__init__()
         if train_factors:
-            self.alpha, self.beta = nn.Parameter(alpha.clone()), nn.Parameter(beta.clone())
+            rows = torch.contiguous_format
+            self.alpha, self.beta = (nn.Parameter(side.clone(memory_format=rows)) for side in (alpha, beta))
         else:
-            self.register_buffer("alpha", alpha, persistent=False)
-            self.register_buffer("beta", beta, persistent=False)
+            self.register_buffer("alpha", alpha.contiguous(), persistent=False)
+            self.register_buffer("beta", beta.contiguous(), persistent=False)
         self.coefficients_alpha = self.coefficients_beta = None
         if pseudo_rank is not None:
             rank = min(pseudo_rank, alpha.shape[1], beta.shape[1])

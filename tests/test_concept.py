@@ -251,21 +251,17 @@ def test_later_concepts_leave_earlier_ones_bit_identical(workplace, way):
     assert second["robot"].kind == "subject"
 
 
-def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace):
+def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace, one_thread):
     for file, names in (("one", ("watercolor", "robot")), ("two", ("robot", "watercolor"))):
         for name in names:
             assert run("--concept", name, "--subspace", f"{file}.safetensors") == 0
     one, two = (Subspace.load(workplace / f"{file}.safetensors") for file in ("one", "two"))
     for name in one.concepts:
         assert one[name].retention > 0.9999
-        equal = []
         for layer, entry in one[name].coefficients.items():
             other = two[name].coefficients[layer]
-            for side, again in ((entry.alpha, other.alpha), (entry.beta, other.beta)):
-                # Two trainings differ in the last place, even in one thread (why is not known): some cross to the next step.
-                assert ((side - again).abs() <= 1.02 * side.abs().amax(0) / 127).all()
-                equal.append((side == again).flatten())
-        assert torch.cat(equal).float().mean() > 0.9995
+            assert torch.equal(entry.alpha, other.alpha)
+            assert torch.equal(entry.beta, other.beta)
 
 
 @pytest.mark.parametrize("mode", MODES)
