@@ -32,18 +32,24 @@ START = 0.3  # norm of a starting column of coefficients in frozen bases: what i
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a concept is learned: `mode`, p = `pseudo_rank`, phi = `temporary_rank`, r = `rank` of an ordinary LoRA."""
+    """How a concept is learned: `mode`, p = `pseudo_rank`, phi = `temporary_rank`, r = `rank` of an ordinary LoRA.
+
+    `start` is the norm of the columns that coefficients in frozen bases start from.
+    """
 
     mode: str = "coefficients"
     pseudo_rank: int = 4
     temporary_rank: int = 4
     rank: int = 8
+    start: float = START
 
     def __post_init__(self) -> None:
         problems = [] if self.mode in MODES else [f"adaptation is {self.mode!r}; it is one of {', '.join(MODES)}"]
         for name in ("pseudo_rank", "temporary_rank", "rank"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}; it is at least 1")
+        if not 0 < self.start < float("inf"):
+            problems.append(f"start is {self.start}; it is positive and finite (0 with zeros on the other side is a saddle)")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -60,7 +66,13 @@ class LearningPath(nn.Module):
     """
 
     def __init__(
-        self, alpha: Tensor, beta: Tensor, pseudo_rank: int | None, train_factors: bool, generator: torch.Generator
+        self,
+        alpha: Tensor,
+        beta: Tensor,
+        pseudo_rank: int | None,
+        train_factors: bool,
+        generator: torch.Generator,
+        start: float = 1.0,
     ) -> None:
         super().__init__()
         if train_factors:
@@ -72,8 +84,8 @@ class LearningPath(nn.Module):
         self.coefficients_alpha = self.coefficients_beta = None
         if pseudo_rank is not None:
             rank = min(pseudo_rank, alpha.shape[1], beta.shape[1])
-            start = torch.randn(alpha.shape[1], rank, generator=generator) / alpha.shape[1] ** 0.5
-            self.coefficients_alpha = nn.Parameter(start if train_factors else START * start)
+            columns = torch.randn(alpha.shape[1], rank, generator=generator) / alpha.shape[1] ** 0.5
+            self.coefficients_alpha = nn.Parameter(start * columns)
             self.coefficients_beta = nn.Parameter(torch.zeros(beta.shape[1], rank))
 
     def update(self) -> Update:
@@ -189,14 +201,14 @@ def layer_paths(
         return [LearningPath(start, torch.zeros(shape[0], rank), None, True, generator)]
     if adaptation.mode == "temporary":
         return [LearningPath(basis.alpha[:, :phi], basis.beta[:, :phi], p, True, generator)]
-    frozen = [] if empty else [LearningPath(basis.alpha, basis.beta, p, False, generator)]
+    frozen = [] if empty else [LearningPath(basis.alpha, basis.beta, p, False, generator, adaptation.start)]
     if adaptation.mode == "coefficients":
         return frozen
     assert directions is not None
     if adaptation.mode == "hybrid":
         return [*frozen, LearningPath(directions.alpha, directions.beta, p, True, generator)]
     wide = Basis(torch.cat([basis.alpha, directions.alpha], 1), torch.cat([basis.beta, directions.beta], 1))
-    return [LearningPath(wide.alpha, wide.beta, p, False, generator)]
+    return [LearningPath(wide.alpha, wide.beta, p, False, generator, adaptation.start)]
 
 
 def gradient_directions(

@@ -1,5 +1,6 @@
 """What several test files need: the training scripts importable as a user's shell runs them, and a working folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "train"))
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # each worker, and what it starts, keeps to its share of the cores: torch collapses where they are fought for
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture

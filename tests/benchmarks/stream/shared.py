@@ -95,16 +95,12 @@ class ShareStream:
     def adapt(self, concept: str, mode: str, seed: int) -> tuple[LoRA, Lesson]:
         """Train a concept in the bases as they are and return it as an ordinary LoRA."""
         training, bases = self.bench.plan.training, dict(self.subspace.layers)
-        adaptation = Adaptation(mode, *self.ranks, training.rank)
+        adaptation = Adaptation(mode, *self.ranks, training.rank, self.begin)
         first = all(min(basis.rank) == 0 for basis in bases.values())
         wanted = adaptation.looks_at_gradient and not (first and mode == "hybrid")
         rank = training.rank if first and mode == "gradient" else self.ranks[1]
         directions = self.bench.directions(concept, bases, rank, seed) if wanted else {}
         learner = make_learner(self.modules, bases, adaptation, directions, seed)
-        with torch.no_grad():
-            for path in (path for some in learner.by_layer().values() for path in some):
-                if path.coefficients_alpha is not None and not path.alpha.requires_grad:
-                    path.coefficients_alpha.mul_(self.begin / START)
         rates = (self.rate, training.lora_rate if first and not wanted else training.factor_rate)
         lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, seed), rates, decay=self.decay)
         return learner.lora(), lesson

@@ -36,6 +36,7 @@ from share_diffusion.lora import LoRA
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.objective import Draw, draw
+from share_diffusion.optimizers import make_optimizer
 from share_diffusion.pictures import to_tensor
 from share_diffusion.recipe import read_recipe_file
 from share_diffusion.subspace import Subspace
@@ -147,7 +148,7 @@ class Workbench:
         steps, started, watched = steps or training.steps, time.perf_counter(), 0.0
         learner.to(self.device)
         groups = learner.parameter_groups(*rates)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
+        optimizer = make_optimizer("adamw", groups, (f"weight_decay={decay}",))
         highest = [group["lr"] for group in optimizer.param_groups]
         model, curve = Denoiser(learner, self.pipeline, self.attached), {}
         for step in range(steps):
