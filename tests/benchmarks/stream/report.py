@@ -23,6 +23,7 @@ KEYS = (
     *("normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"),
     *("bytes_per_concept", "bytes_total", "trainable", "steps_to_95"),
 )
+UNTRAINED = ("base", "compressed", "merged")  # made of own LoRAs that are there already
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
 
@@ -222,20 +223,23 @@ def notes(results: Path) -> str:
 
 
 def progress(found: Study) -> str:
-    """Return which cells are finished and what the rest would cost at the seconds measured so far."""
+    """Return which cells are finished and what the rest costs at most; a method without a cell goes at the others' pace."""
     out = ["| method | streams asked for | finished | seconds a concept | hours left |", "|---|---|---|---|---|"]
+    pace = {
+        name: [row["seconds"] for row in found.rows if row["method"] == name and row["seconds"] != ""]
+        for name in found.plan.methods
+    }
+    usual = mean(second for seconds in pace.values() for second in seconds) if any(pace.values()) else 0.0
     total = 0.0
-    for name in found.plan.methods:
+    for name, settings in found.plan.methods.items():
         asked, length = found.plan.runs(name), found.plan.length(name)
         reached = [found.matrices.get(name, {}).get(pair) for pair in asked]
         left = sum(length - (one.reached if one else 0) for one in reached)
-        seconds = [row["seconds"] for row in found.rows if row["method"] == name and row["seconds"] != ""]
-        each = mean(seconds) if seconds else None
-        hours = left * each / 3600 if each else 0.0
-        total += hours
+        each = 0.0 if settings["kind"] in UNTRAINED else mean(pace[name] or [usual])
+        total += (hours := left * each / 3600)
         done = sum(1 for one in reached if one and one.reached == length)
-        out.append(f"| `{name}` | {len(asked)} | {done} | {'' if each is None else f'{each:.0f}'} | {hours:.1f} |")
-    out.append(f"\nTraining left: {total:.1f} hours at the measured pace (drawing and losses come on top).")
+        out.append(f"| `{name}` | {len(asked)} | {done} | {f'{mean(pace[name]):.0f}' if pace[name] else ''} | {hours:.1f} |")
+    out.append(f"\nTraining left: at most {total:.1f} hours at the measured pace; drawing and losses come on top.")
     return "\n".join(out)
 
 
