@@ -73,7 +73,7 @@ def adapt(
     with learning(pipeline, subspace, pictures, chosen, targets, train_text_encoder, batch, seed) as parts:
         learner, model = parts
         groups = learner.parameter_groups(learning_rate, factor_learning_rate)
-        optimizer = make_optimizer("adamw", groups)
+        optimizer = make_optimizer("adamw", groups, steps=steps)
         rates = [group["lr"] for group in optimizer.param_groups]
         for step in range(steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

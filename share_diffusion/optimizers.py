@@ -3,9 +3,10 @@
 Nothing beyond torch is needed; what is not installed is told by its package's name. Arguments come as `name=value` words
 and reach the optimizer as Python values.
 
-AdamW decays what trains by DECAY times the rate in every step. Coefficients in columns that nobody chose carry noise beside
-what they learn, and the decay seems to take mostly the noise: held-out loss falls while training loss does not, on one seed
-(tests/benchmarks/results/continual/notes.md).
+AdamW decays what trains, by as much over a whole run whatever its rate and length (`decay_for`). Coefficients in columns that
+nobody chose carry noise beside what they learn, and the decay seems to take mostly the noise: held-out loss falls while
+training loss does not. A decay that is the same in every step is too much for long runs
+(tests/benchmarks/results/continual/notes.md has the figures).
 """
 
 from __future__ import annotations
@@ -21,23 +22,32 @@ import torch
 from torch import Tensor, nn
 
 RATE = 1e-2  # of coefficients
-DECAY = 1.0  # of AdamW, per step and unit of rate
+SHRINK = 1.2  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
+DECAYING = ("adamw", "adamw8bit")  # with a decay of their own where the arguments name none
 
 KNOWN = {
-    "adamw": ("torch.optim:AdamW", {"betas": (0.9, 0.99), "weight_decay": DECAY}, "torch"),
+    "adamw": ("torch.optim:AdamW", {"betas": (0.9, 0.99)}, "torch"),
     "adam": ("torch.optim:Adam", {"betas": (0.9, 0.99)}, "torch"),
     "sgd": ("torch.optim:SGD", {"momentum": 0.9}, "torch"),
     "adafactor": ("transformers.optimization:Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
-    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", {"betas": (0.9, 0.99), "weight_decay": DECAY}, "bitsandbytes"),
+    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", {"betas": (0.9, 0.99)}, "bitsandbytes"),
     "prodigy": ("prodigyopt:Prodigy", {"weight_decay": 0.0}, "prodigyopt"),
     "lion": ("lion_pytorch:Lion", {"weight_decay": 0.0}, "lion-pytorch"),
 }
 
 
-def make_optimizer(name: str, groups: Iterable[Mapping[str, Any]], arguments: Sequence[str] = ()) -> torch.optim.Optimizer:
-    """Return the optimizer; raises ValueError for an unknown name, a package that is absent or an argument it lacks."""
-    path, defaults, package = KNOWN.get(name.lower().replace("_", ""), (name, {}, name.partition(".")[0].partition(":")[0]))
+def make_optimizer(
+    name: str, groups: Iterable[Mapping[str, Any]], arguments: Sequence[str] = (), steps: int | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a run of so many steps; without `steps`, AdamW has torch's own decay of 0.01.
+
+    Raises ValueError for an unknown name, a package that is absent or an argument that the optimizer lacks.
+    """
+    key, groups = name.lower().replace("_", ""), [dict(group) for group in groups]
+    path, defaults, package = KNOWN.get(key, (name, {}, name.partition(".")[0].partition(":")[0]))
     kind = find_class(name, path, package)
+    if steps and key in DECAYING:
+        defaults = {**defaults, "weight_decay": decay_for(max((group["lr"] for group in groups), default=RATE), steps)}
     chosen = {**defaults, **dict(parse_argument(word) for word in arguments)}
     accepted = inspect.signature(kind).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -48,9 +58,18 @@ def make_optimizer(name: str, groups: Iterable[Mapping[str, Any]], arguments: Se
         raise ValueError(f"optimizer {name} switches between weights to train and weights to use, which is not supported; "
                          "for averaged weights give another optimizer and --ema_decay 0.99")  # fmt: skip
     try:
-        return kind([dict(group) for group in groups], **chosen)
+        return kind(groups, **chosen)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer {name} with {' '.join(arguments) or 'no arguments'}: {error}") from error
+
+
+def decay_for(rate: float, steps: int) -> float:
+    """Return AdamW's weight decay for a rate and a number of steps: 1 / (rate x decay) is the same part of every run.
+
+    That timescale, and not the decay itself, is what carries over between rates and lengths (Wang and Aitchison 2024,
+    arXiv 2405.13698). A step takes at most half.
+    """
+    return min(SHRINK / steps, 0.5) / rate if 0 < rate < float("inf") else 0.0
 
 
 def find_class(name: str, path: str, package: str) -> Any:

@@ -1,5 +1,7 @@
 """Facts about learning from a script of one's own: the pipeline is left as it was, and what is learned is what was merged."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,7 @@ from share_diffusion.attached import attach
 from share_diffusion.base import load_base
 from share_diffusion.basis import Basis
 from share_diffusion.loop import adapt
-from share_diffusion.optimizers import DECAY, RATE, Average, make_optimizer
+from share_diffusion.optimizers import RATE, SHRINK, Average, decay_for, make_optimizer
 
 
 @pytest.fixture
@@ -62,14 +64,25 @@ class Averaging(torch.optim.SGD):
         pass
 
 
-@pytest.mark.parametrize(("words", "decay"), [([], DECAY), (["weight_decay=0.25"], 0.25)])
-def test_what_the_loss_does_not_ask_for_decays_with_the_rate(words, decay):
+@pytest.mark.parametrize(("rate", "steps"), [(RATE, 120), (RATE, 400), (2e-2, 1000), (4e-3, 120)])
+def test_over_a_run_decay_takes_the_same_part_of_what_the_loss_does_not_ask_for(rate, steps):
     coefficients = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = make_optimizer("adamw", [{"params": [coefficients], "lr": RATE}], words)
-    for _ in range(5):
+    optimizer = make_optimizer("adamw", [{"params": [coefficients], "lr": rate}], steps=steps)
+    for _ in range(steps):
         coefficients.grad = torch.zeros_like(coefficients)
         optimizer.step()
-    assert torch.allclose(coefficients, torch.full_like(coefficients, (1 - RATE * decay) ** 5), atol=1e-12)
+    assert torch.allclose(coefficients, torch.full_like(coefficients, math.exp(-SHRINK)), rtol=SHRINK**2 / steps)
+
+
+def test_a_decay_that_is_given_is_taken_and_few_steps_take_at_most_half_each():
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": RATE},
+        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 2e-3},
+    ]
+    assert make_optimizer("adamw", groups, ["weight_decay=0.25"], 400).defaults["weight_decay"] == 0.25
+    assert make_optimizer("adamw", groups, steps=400).defaults["weight_decay"] == pytest.approx(0.3)
+    assert decay_for(RATE, 1) == pytest.approx(0.5 / RATE)
+    assert decay_for(0.0, 100) == decay_for(float("inf"), 100) == 0.0
 
 
 def test_coefficients_start_small_in_columns_that_are_frozen_and_at_norm_one_in_those_that_train():

@@ -146,7 +146,7 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
     """Train the learner; every random number is a function of (seed, step). Returns the losses."""
     settings, accelerator = run.settings, run.accelerator
     groups = learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate, settings.text_encoder_lr)
-    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args, run.steps)
     average = Average(learner, settings.ema_decay) if settings.ema_decay else None
     rates = [group["lr"] for group in optimizer.param_groups]
     first, history, recorded = resume(run, learner, optimizer, average)

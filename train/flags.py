@@ -101,7 +101,9 @@ class ConceptSettings:
     num_train_epochs: int | None = flag(None, "passes over the pictures, in place of steps", aliases=("max_train_epochs",))
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip
-    optimizer_args: tuple[str, ...] = flag((), "its arguments, as weight_decay=0.5 fused=True (adamw has 1 by itself)")
+    optimizer_args: tuple[str, ...] = flag(
+        (), "its arguments, as weight_decay=0.5 fused=True (adamw decays by 1.2 / (rate x steps) by itself)"
+    )
     learning_rate: float = flag(RATE, "rate of the coefficients", aliases=("unet_lr",))
     factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
     text_encoder_lr: float | None = flag(None, "rate of coefficients in text encoders (default: LEARNING_RATE)")

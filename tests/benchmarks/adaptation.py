@@ -30,7 +30,7 @@ from stream.plan import Measures, Plan, Training  # noqa: E402
 from stream.workbench import Workbench  # noqa: E402
 
 from share_diffusion.adapt import Adaptation, make_learner  # noqa: E402
-from share_diffusion.optimizers import DECAY  # noqa: E402
+from share_diffusion.optimizers import decay_for  # noqa: E402
 from share_diffusion.packed import stored_bytes  # noqa: E402
 from share_diffusion.subspace import Origin, Subspace  # noqa: E402
 
@@ -89,7 +89,7 @@ def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
     directions = bench.directions(concept, {}, way.adaptation.temporary_rank, 0) if way.adaptation.looks_at_gradient else {}
     learner = make_learner(bench.modules, dict(empty.layers), way.adaptation, directions, 0)
     rates = way.rate, bench.plan.training.lora_rate
-    decay = 0.0 if way.adaptation.mode == "lora" else DECAY
+    decay = 0.0 if way.adaptation.mode == "lora" else decay_for(way.rate, bench.plan.training.steps)
     lesson = bench.teach(learner, concept, bench.lessons(concept, 0), rates, decay=decay)
     lora = learner.lora()
     seen, size = bench.seen(lora, concept), 2 * lesson.trainable

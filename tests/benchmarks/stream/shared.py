@@ -22,7 +22,7 @@ from share_diffusion.adapt import START, Adaptation, make_learner
 from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
-from share_diffusion.optimizers import DECAY, RATE
+from share_diffusion.optimizers import RATE, decay_for
 from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Origin, Subspace
 from stream.separate import kept, own_lora
@@ -51,7 +51,7 @@ class ShareStream:
         self.text_encoder: bool = options.pop("text_encoder", True)
         self.own_seeds: bool = options.pop("own_seeds", False)
         self.rate: float = options.pop("rate", RATE)
-        self.decay: float = options.pop("decay", DECAY)
+        self.decay: float = options.pop("decay", decay_for(self.rate, bench.plan.training.steps))
         self.begin: float = options.pop("begin", START)
         origin = options.pop("origin", "adapters")
         derived = Origin(origin, options.pop("derived_rank", 0), seed if origin == "random" else 0)
