@@ -40,6 +40,9 @@ SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
 LINEAR = r"(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2)$"
 
 
+START = 1.0  # without decay and in 80 steps more is learned from larger columns: captions .86 against .85, mean of four seeds
+
+
 @dataclass(frozen=True)
 class Task:
     """Inputs and labels to learn from and to be tested on."""
@@ -69,7 +72,7 @@ def go_through(problem: Problem, seed: int = 0) -> dict[str, Any]:
         alone = taught(problem, modules, Subspace(), task, Adaptation("lora", rank=4), seed)
         own[name] = with_lora(problem, alone.lora(), task)
         single = alone if single is None else taught(problem, modules, Subspace(), task, Adaptation("lora"), seed, single)
-        learner = taught(problem, modules, subspace, task, Adaptation("gradient", 4, 4, 4), seed)
+        learner = taught(problem, modules, subspace, task, Adaptation("gradient", 4, 4, 4, START), seed)
         subspace = subspace.merge({name: learner.lora()}, capacity=Capacity(0.999))
         learned[name] = with_concept(problem, subspace, name, task)
     assert single is not None
