@@ -51,8 +51,8 @@ def make_optimizer(
     chosen = {**defaults, **dict(parse_argument(word) for word in arguments)}
     accepted = inspect.signature(kind).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if unknown := [key for key in chosen if key not in accepted and not open_ended]:
-        takes = ", ".join(key for key in accepted if key not in ("self", "params"))
+    if unknown := [word for word in chosen if word not in accepted and not open_ended]:
+        takes = ", ".join(word for word in accepted if word not in ("self", "params"))
         raise ValueError(f"optimizer {name} takes no {', '.join(unknown)}; it takes {takes}")
     if callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None)):
         raise ValueError(f"optimizer {name} switches between weights to train and weights to use, which is not supported; "
