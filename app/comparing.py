@@ -13,7 +13,7 @@ import gradio as gr
 
 from app.components import line, meter, tiles
 from app.drawing import Sessions, wish_of
-from app.mix import rows_of
+from app.mix import names_of
 from app.past import history_of, turns
 from app.plans import Plan, axis_of, strip_plan, sweep_plan, with_and_without
 from app.preview import montage
@@ -141,20 +141,13 @@ def described(engine: Any, name: str) -> str:
 
 def of_blend(written: str) -> gr.Dropdown:
     """Return the list of the blend's own concepts, the first chosen."""
-    try:
-        names = list(dict.fromkeys(row["name"] for row in rows_of(written)))
-    except ValueError:
-        names = []
+    names = names_of(written)
     return gr.Dropdown(choices=names, value=names[0] if names else None)
 
 
 def offered(engine: Any, written: str) -> list[str]:
     """Return concepts for a list, those of the blend first."""
-    try:
-        mine = list(dict.fromkeys(row["name"] for row in rows_of(written)))
-    except ValueError:
-        mine = []
-    return list(dict.fromkeys([*mine, *list(engine.cards)[:CHOICES]]))
+    return list(dict.fromkeys([*names_of(written), *list(engine.cards)[:CHOICES]]))
 
 
 def sweeps(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:

@@ -34,9 +34,16 @@ def tiles(elem_id: str, label: str, empty: str, **options: Any) -> gr.HTML:
 
 
 def mixer(elem_id: str, label: str, empty: str, **options: Any) -> gr.HTML:
-    """Return the sliders of a blend; value [{name, weight}], events input (a weight) and delete (a concept, by name)."""
+    """Return the sliders of a blend; value as `mix.mixer_of` makes it, events input (a weight), delete (a concept)."""
     template = f'<ul class="mixer" aria-label="{label}"></ul><p class="empty" hidden>{empty}</p>'
-    return gr.HTML([], html_template=template, js_on_load=script("mixer"), elem_id=elem_id, apply_default_css=False, **options)
+    return gr.HTML(
+        {"of": "", "rows": []},
+        html_template=template,
+        js_on_load=script("mixer"),
+        elem_id=elem_id,
+        apply_default_css=False,
+        **options,
+    )
 
 
 def table(elem_id: str, label: str, **options: Any) -> gr.HTML:

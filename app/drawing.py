@@ -21,8 +21,8 @@ from app.words import WORDS
 
 def wish_of(engine: Any, values: tuple[Any, ...]) -> Wish:
     """Return the wish that the form makes; every problem is in one message."""
-    prompt, written, agreed, rows, negative, seed, count, steps, guidance, sampler, width, height, masks = values
-    prompt, blend = mix.taken_from(prompt or "", mix.newest(written or "", agreed or "", rows))
+    prompt, written, mixer, negative, seed, count, steps, guidance, sampler, width, height, masks = values
+    prompt, blend = mix.taken_from(prompt or "", mix.newest(written or "", mixer))
     asked = {
         "prompt": prompt,
         "blend": blend,

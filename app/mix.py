@@ -2,44 +2,95 @@
 
 A row is one term of the blend, so that a concept which acts differently in two regions has two sliders; its options are
 shown beside it and stay as they are when the slider moves.
+
+The page answers late when the machine is busy, so text and sliders may both have changed since they last agreed. The
+mixer's value therefore says which text its rows are `of`: a slider counts as moved where it differs from that text, and a
+moved slider is put into the text as it stands now, whatever else was typed. Its `clock` counts the moves; it travels to the
+server and back, so that the page knows which moves an answer has not seen yet and keeps them (see js/mixer.js).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from share_diffusion.blend import Blend, Method
+from share_diffusion.blend import Blend, Method, Term
 from share_diffusion.grammar import read_prompt
 
-Row = dict[str, Any]
+Mixer = dict[str, Any]
 EVEN = "loss-equalised"
 
 
-def rows_of(written: str) -> list[Row]:
-    """Return the mixer's rows of a written blend."""
-    rows = []
-    for index, term in enumerate(Blend.parse(written).terms):
+def identified(blend: Blend) -> list[tuple[str, Term]]:
+    """Return the terms, each with an id that other terms coming and going do not change: which one of its name it is."""
+    seen: Counter[str] = Counter()
+    pairs = []
+    for term in blend.terms:
+        pairs.append((f"{seen[term.name]} {term.name}", term))
+        seen[term.name] += 1
+    return pairs
+
+
+def mixer_of(written: str, seen: Any = None) -> Mixer:
+    """Return the mixer's value {"of", "rows", "clock"} for a written blend.
+
+    `seen` is the mixer's value as the page sent it: sliders that it had moved stay where they are, and its clock is given back.
+    Raises ValueError where the blend cannot be read.
+    """
+    rows, moved = [], moves(seen)
+    for key, term in identified(Blend.parse(written)):
         options = "  ".join(
             [*(["blocks=" + ",".join(f"{group}:{factor:g}" for group, factor in term.blocks)] if term.blocks else [])]
             + [str(option) for option in (term.steps, term.region) if option is not None]
         )
-        rows.append({"id": f"{index} {term.name}", "name": term.name, "weight": round(term.weight, 4), "note": options})
-    return rows
+        weight = moved.get(key, round(term.weight, 4))
+        rows.append({"id": key, "name": term.name, "weight": weight, "note": options})
+    clock = seen.get("clock") if isinstance(seen, dict) else None
+    return {"of": written, "rows": rows, **({"clock": clock} if isinstance(clock, int) else {})}
 
 
-def with_rows(written: str, rows: Sequence[Row]) -> str:
-    """Return the written blend with the weights of the rows."""
-    blend = Blend.parse(written)
-    weights = {row.get("id"): row.get("weight") for row in rows if isinstance(row, dict)}
-    terms = []
-    for index, term in enumerate(blend.terms):
-        weight = weights.get(f"{index} {term.name}")
-        sound = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-        terms.append(replace(term, weight=float(weight)) if sound and weight is not None else term)
-    return str(Blend(terms, blend.method))
+def moves(seen: Any) -> dict[str, float]:
+    """Return the weights of the sliders that were moved since the mixer's text, by id."""
+    try:
+        before = {key: round(term.weight, 4) for key, term in identified(Blend.parse(str(seen["of"])))}
+        rows = {row["id"]: row["weight"] for row in seen["rows"]}
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {key: float(weight) for key, weight in rows.items() if key in before and is_moved(weight, before[key])}
+
+
+def is_moved(weight: Any, before: float) -> bool:
+    """Whether a slider stands at a sound weight other than before."""
+    sound = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+    return sound and weight != before
+
+
+def newest(written: str, seen: Any) -> str:
+    """Return the blend that a person sees: the text as it stands, with the sliders that moved since the two agreed."""
+    moved = moves(seen)
+    try:
+        pairs = identified(blend := Blend.parse(written)) if moved else []
+    except ValueError:
+        return written
+    if not any(key in moved for key, _ in pairs):
+        return written
+    return str(Blend([replace(term, weight=moved.get(key, term.weight)) for key, term in pairs], blend.method))
+
+
+def agree(written: str, seen: Any) -> bool:
+    """Whether the sliders are those of the text."""
+    return isinstance(seen, dict) and seen.get("of") == written
+
+
+def names_of(written: str) -> list[str]:
+    """Return the concepts of a written blend, each once; none where it cannot be read."""
+    try:
+        return list(dict.fromkeys(Blend.parse(written).names))
+    except ValueError:
+        return []
 
 
 def with_concept(written: str, name: str, weight: float) -> str:
@@ -61,11 +112,6 @@ def with_evening_turned(written: str) -> str:
     """Return the written blend with its concepts evened out, or summed as they are where they were even."""
     blend = Blend.parse(written)
     return str(Blend(blend.terms, None if is_even(blend) else Method(EVEN)))
-
-
-def newest(written: str, agreed: str, rows: Sequence[Row]) -> str:
-    """Return the blend that a person sees: the text where it was edited last, else the text with the sliders' weights."""
-    return written if written != agreed else with_rows(written, rows or [])
 
 
 def taken_from(prompt: str, written: str) -> tuple[str, str]:

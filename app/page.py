@@ -80,19 +80,19 @@ def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Stud
     """Fill a page that opens or reloads: cards, history, the newest picture, and the form as the browser kept it."""
 
     def load(form: Any) -> dict[Any, Any]:
-        values, rows = form_from(form, engine)
+        values, mixer = form_from(form, engine)
         blend = values.get("blend", "")
         cards = refreshed(engine, "", "all", blend)
         shown, number, text = history_of(engine, 0)
         filled: dict[Any, Any] = {component: values[name] for name, component in studio.fields.items() if name in values}
         filled |= dict(zip(heads, (*cards, headline(engine)), strict=True))
-        filled |= {studio.mixer: rows, studio.agreed: blend}
+        filled[studio.mixer] = mixer
         filled |= {stage.history: shown, stage.history_page: number, stage.history_line: text}
         if shown["tiles"]:
             filled[stage.picture] = str(engine.history.path(shown["tiles"][0]["id"]))
         return filled
 
-    outputs = [*studio.fields.values(), *heads, studio.mixer, studio.agreed]
+    outputs = [*studio.fields.values(), *heads, studio.mixer]
     outputs += [stage.history, stage.history_page, stage.history_line, stage.picture]
     page.load(load, [saved], outputs, **QUIET)
 

@@ -90,21 +90,17 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
 
     def taken(wish: Any) -> dict[Any, Any]:
         """The regions go into the form, so that Draw and Compare use them as well."""
-        rows = mix.rows_of(wish.blend)
-        return {studio.masks: wish.masks, studio.written: wish.blend, studio.agreed: wish.blend, studio.mixer: rows}
+        return {studio.masks: wish.masks, studio.written: wish.blend, studio.mixer: mix.mixer_of(wish.blend)}
 
     def halt(request: gr.Request) -> tuple[Any, ...]:
         sessions.end(request)
         return {"text": WORDS.stopped}, on(), off()
 
     def offer(written: str) -> tuple[gr.Dropdown, ...]:
-        try:
-            held = list(dict.fromkeys(row["name"] for row in mix.rows_of(written)))
-        except ValueError:
-            held = []
+        held = mix.names_of(written)
         return tuple(gr.Dropdown(choices=held, value=held[index] if index < len(held) else None) for index in range(LAYERS))
 
-    outputs = [picture, place.meter, draw, place.stop, studio.masks, studio.written, studio.agreed, studio.mixer]
+    outputs = [picture, place.meter, draw, place.stop, studio.masks, studio.written, studio.mixer]
     running = draw.click(
         work,
         [canvas, *chosen, *studio.form],

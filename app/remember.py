@@ -32,11 +32,10 @@ def wire_remember(studio: Studio, saved: gr.BrowserState) -> None:
     gr.on(changes, None, list(studio.fields.values()), saved, js=script, **QUIET)
 
 
-def form_from(saved: Any, engine: Any) -> tuple[dict[str, Any], list[mix.Row]]:
-    """Return the sound part of a saved form, and its blend as rows."""
+def form_from(saved: Any, engine: Any) -> tuple[dict[str, Any], mix.Mixer]:
+    """Return the sound part of a saved form, and the mixer's value for its blend."""
     values, _ = checked(saved if isinstance(saved, dict) else {}, engine.limits)
     try:
-        rows = mix.rows_of(values.get("blend", ""))
+        return values, mix.mixer_of(values.get("blend", ""))
     except ValueError:
-        rows, values["blend"] = [], ""
-    return values, rows
+        return {**values, "blend": ""}, mix.mixer_of("")

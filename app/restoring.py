@@ -98,8 +98,7 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
         return {
             **{component: wish.values[name] for name, component in studio.fields.items()},
             **dict(zip(shown, closed(), strict=True)),
-            studio.mixer: mix.rows_of(wish.blend),
-            studio.agreed: wish.blend,
+            studio.mixer: mix.mixer_of(wish.blend),
             studio.masks: dict(wish.masks),
             studio.fresh_seed: False,
             shelf.cards: shelf_of(engine, query, kind, number, wish.blend)[0],
@@ -116,7 +115,6 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
             *studio.fields.values(),
             *shown,
             studio.mixer,
-            studio.agreed,
             studio.masks,
             studio.fresh_seed,
             shelf.cards,

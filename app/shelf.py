@@ -17,49 +17,52 @@ from share_diffusion.blend import Blend
 
 def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     """Cards, sliders, chips, text and prompt: what changes one brings the others into step."""
-    together = [studio.mixer, studio.written, studio.agreed, studio.prompt, shelf.cards, studio.advice]
-    seen = [studio.written, studio.agreed, studio.mixer, studio.prompt, shelf.search, shelf.kind, shelf.page]
+    together = [studio.mixer, studio.written, studio.prompt, shelf.cards, studio.advice]
+    seen = [studio.written, studio.mixer, studio.prompt, shelf.search, shelf.kind, shelf.page]
 
-    def agree(blend: str, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
+    def agree(blend: str, mixer: mix.Mixer, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
         tiles_now = shelf_of(engine, query, kind, number, blend)[0]
-        rows = mix.rows_of(blend)
-        return rows, blend, blend, prompt, tiles_now, engine.advice(Blend.parse(blend))
+        return mix.mixer_of(blend, mixer), blend, prompt, tiles_now, engine.advice(Blend.parse(blend))
 
     @spoken
-    def toggle(event: gr.EventData, written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int):
-        blend = mix.newest(written, agreed, rows)
+    def toggle(event: gr.EventData, written: str, mixer: mix.Mixer, prompt: str, query: str, kind: str, number: int):
+        blend = mix.newest(written, mixer)
         card = engine.cards.get(str(event._data.get("id")))
         if card is None:
             raise ValueError("this concept is not in the subspace any more; reload the page")
-        if any(row["name"] == card.name for row in mix.rows_of(blend)):
+        if card.name in mix.names_of(blend):
             blend, prompt = mix.without_concept(blend, card.name), without_trigger(prompt, card.trigger)
         else:
             blend, prompt = mix.with_concept(blend, card.name, card.weight), with_trigger(prompt, card)
-        return agree(blend, prompt, query, kind, number)
+        return agree(blend, mixer, prompt, query, kind, number)
 
     @spoken
-    def take_out(event: gr.EventData, written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int):
+    def take_out(event: gr.EventData, written: str, mixer: mix.Mixer, prompt: str, query: str, kind: str, number: int):
         name = str(event._data.get("name"))
-        blend = mix.without_concept(mix.newest(written, agreed, rows), name)
+        blend = mix.without_concept(mix.newest(written, mixer), name)
         card = engine.cards.get(name)
-        return agree(blend, without_trigger(prompt, card.trigger if card else name), query, kind, number)
+        return agree(blend, mixer, without_trigger(prompt, card.trigger if card else name), query, kind, number)
 
-    def slide(written: str, agreed: str, rows: list) -> tuple[str, str]:
-        text = mix.newest(written, agreed, rows)
-        return text, text
-
-    def typed(written: str, agreed: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
-        if written == agreed:  # nothing was typed: a slider may have moved since
-            return (gr.skip(),) * 4
+    def slide(written: str, mixer: mix.Mixer) -> tuple[Any, ...]:
+        text = mix.newest(written, mixer)
         try:
-            rows = mix.rows_of(written)
+            return text, mix.mixer_of(text, mixer)
+        except ValueError:  # the text is being written
+            return gr.skip(), gr.skip()
+
+    def typed(written: str, mixer: mix.Mixer, query: str, kind: str, number: int) -> tuple[Any, ...]:
+        if mix.agree(written, mixer):
+            return (gr.skip(),) * 3
+        try:
+            now = mix.mixer_of(written, mixer)
         except ValueError:
-            return (gr.skip(),) * 4
-        return rows, written, shelf_of(engine, query, kind, number, written)[0], engine.advice(Blend.parse(written))
+            return (gr.skip(),) * 3
+        blend = mix.newest(written, mixer)
+        return now, shelf_of(engine, query, kind, number, blend)[0], engine.advice(Blend.parse(blend))
 
     @spoken
-    def turn(written: str, agreed: str, rows: list, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
-        return agree(mix.with_evening_turned(mix.newest(written, agreed, rows)), prompt, query, kind, number)
+    def turn(written: str, mixer: mix.Mixer, prompt: str, query: str, kind: str, number: int) -> tuple[Any, ...]:
+        return agree(mix.with_evening_turned(mix.newest(written, mixer)), mixer, prompt, query, kind, number)
 
     shelf.cards.click(toggle, seen, together, **QUIET)
     studio.mixer.delete(take_out, seen, together, **QUIET)
@@ -67,16 +70,16 @@ def wire_blend(engine: Any, studio: Studio, shelf: Library) -> None:
     studio.written.change(lambda written: even_button(engine, written), studio.written, studio.even, **QUIET)
     studio.mixer.input(
         slide,
-        [studio.written, studio.agreed, studio.mixer],
-        [studio.written, studio.agreed],
+        [studio.written, studio.mixer],
+        [studio.written, studio.mixer],
         trigger_mode="always_last",
         **QUIET,
     )
     gr.on(
         [studio.written.input, studio.written.submit, studio.written.blur],
         typed,
-        [studio.written, studio.agreed, shelf.search, shelf.kind, shelf.page],
-        [studio.mixer, studio.agreed, shelf.cards, studio.advice],
+        [studio.written, studio.mixer, shelf.search, shelf.kind, shelf.page],
+        [studio.mixer, shelf.cards, studio.advice],
         trigger_mode="always_last",
         **QUIET,
     )
@@ -95,10 +98,7 @@ def even_button(engine: Any, written: str) -> Any:
 def shelf_of(engine: Any, query: str, kind: str, number: int, blend: str) -> tuple[dict[str, Any], int, str, bool, int]:
     """Return the cards of a page, its number, what the line says, whether pictures are still to be drawn, and the pages."""
     cards, number, pages = page_of(chosen := found(list(engine.cards.values()), (query or "")[:200], kind), number)
-    try:
-        names = {row["name"] for row in mix.rows_of(blend)}
-    except ValueError:
-        names = set()
+    names = set(mix.names_of(blend))
     shown = [tile(card, engine.pictures.read(card), card.name in names) for card in cards]
     empty = WORDS.concepts_empty if engine.cards else WORDS.no_subspace
     missing = engine.want_cards(cards) > 0

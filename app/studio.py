@@ -24,7 +24,6 @@ class Studio:
     prompt: gr.Textbox
     mixer: gr.HTML
     written: gr.Textbox
-    agreed: gr.State
     negative_prompt: gr.Textbox
     seed: gr.Number
     fresh_seed: gr.Checkbox
@@ -45,7 +44,7 @@ class Studio:
     def form(self) -> list[Any]:
         """What a wish is made of, in the order of `wish_of`."""
         return [
-            *(self.prompt, self.written, self.agreed, self.mixer, self.negative_prompt, self.seed, self.count),
+            *(self.prompt, self.written, self.mixer, self.negative_prompt, self.seed, self.count),
             *(self.steps, self.guidance_scale, self.sampler, self.width, self.height, self.masks),
         ]
 
@@ -129,7 +128,6 @@ def controls(engine: Any) -> Studio:
         prompt,
         mix_rows,
         written,
-        gr.State(""),
         negative,
         seed,
         fresh,

@@ -27,9 +27,9 @@ def taking(engine: Any, studio: Studio) -> None:
             )
 
     @spoken
-    def build(kind: str, name: str, written: str, agreed: str, rows: list) -> tuple[Any, str]:
-        path = Path(engine.export(mix.newest(written, agreed, rows), name, kind))
+    def build(kind: str, name: str, written: str, mixer: mix.Mixer) -> tuple[Any, str]:
+        path = Path(engine.export(mix.newest(written, mixer), name, kind))
         button = gr.DownloadButton(f"{WORDS.export_download} {path.name}", value=str(path), interactive=True)
         return button, WORDS.exported(path.name, path.stat().st_size)
 
-    make.click(build, [kind, name, studio.written, studio.agreed, studio.mixer], [get, note], **QUIET)
+    make.click(build, [kind, name, studio.written, studio.mixer], [get, note], **QUIET)

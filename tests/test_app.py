@@ -20,7 +20,7 @@ from app.history import History
 from app.job import Job, Lesson
 from app.knowledge import byte_facts, read_reports, spectrum_rows
 from app.masks import read_mask, write_mask
-from app.mix import newest, rows_of, taken_from, with_concept, with_rows, without_concept
+from app.mix import mixer_of, newest, taken_from, with_concept, without_concept
 from app.plans import axis_of, strip_plan, sweep_plan, with_and_without
 from app.preview import montage, noise_levels
 from app.prompt import with_trigger, without_trigger
@@ -165,33 +165,56 @@ def test_nothing_of_this_machine_is_written_into_a_picture(tmp_path):
 # blend, sliders, text, prompt
 
 
+def moved(mixer, **weights):
+    """The mixer's value after sliders were moved, by concept."""
+    rows = [{**row, "weight": weights.get(row["name"], row["weight"])} for row in mixer["rows"]]
+    return {**mixer, "rows": rows, "clock": mixer.get("clock", 0) + len(weights)}
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-9, 9)), unique_by=lambda pair: pair[0]))
 def test_sliders_and_text_say_the_same(pairs):
     written = str(Blend(dict(pairs)))
-    rows = rows_of(written)
-    moved = with_rows(written, [{**row, "weight": 0.25} for row in rows])
-    assert Blend.parse(moved).weights == {name: 0.25 for name, _ in pairs}
-    assert [row["name"] for row in rows_of(moved)] == [row["name"] for row in rows]
+    mixer = moved(mixer_of(written), **{name: 0.25 for name, _ in pairs})
+    text = newest(written, mixer)
+    assert Blend.parse(text).weights == {name: 0.25 for name, _ in pairs}
+    assert mixer_of(text, mixer)["rows"] == mixer_of(text)["rows"] == mixer["rows"]
 
 
 def test_a_slider_keeps_a_terms_options():
     written = "robot:0.6[blocks=down,mid][steps=0.2..1] + watercolor:1 | ties density=0.5"
-    rows = rows_of(written)
-    rows[0]["weight"] = -0.5
-    assert with_rows(written, rows) == str(Blend.parse(written.replace("0.6", "-0.5")))
+    assert newest(written, moved(mixer_of(written), robot=-0.5)) == str(Blend.parse(written.replace("0.6", "-0.5")))
+
+
+def test_a_concept_in_two_regions_has_two_sliders():
+    written = "robot:0.6[region=left] + watercolor:1 + robot:0.3[region=right]"
+    mixer = mixer_of(written)
+    mixer["rows"][2]["weight"] = 1.0
+    assert newest(written, mixer) == str(Blend.parse(written.replace("0.3", "1")))
 
 
 @pytest.mark.parametrize("weight", [None, "1", True, float("nan"), float("inf"), {}])
 def test_a_browser_that_sends_nonsense_changes_nothing(weight):
-    rows = [{**rows_of("robot:0.5")[0], "weight": weight}]
-    assert with_rows("robot:0.5", rows) == "robot:0.5"
+    assert newest("robot:0.5", moved(mixer_of("robot:0.5"), robot=weight) | {"clock": 1}) == "robot:0.5"
 
 
-def test_the_newest_edit_wins():
-    rows = [{**rows_of("robot:0.5")[0], "weight": 1.5}]
-    assert newest("robot:0.5", "robot:0.5", rows) == "robot:1.5"
-    assert newest("robot:0.7", "robot:0.5", rows) == "robot:0.7"
+@pytest.mark.parametrize("mixer", [None, [], {}, {"of": 3, "rows": []}, {"of": "a:", "rows": [{}]}, {"of": "a", "rows": 3}])
+def test_a_mixer_that_cannot_be_read_leaves_the_text(mixer):
+    assert newest("robot:0.5", mixer) == "robot:0.5"
+    assert mixer_of("robot:0.5", mixer)["rows"] == mixer_of("robot:0.5")["rows"]
+
+
+def test_text_and_sliders_that_changed_before_they_agreed_are_both_kept():
+    mixer = moved(mixer_of("robot:0.5 + watercolor:1"), robot=1.5)
+    assert newest("robot:0.5 + watercolor:1", mixer) == "robot:1.5 + watercolor:1"
+    assert newest("robot:0.5 + watercolor:0.2", mixer) == "robot:1.5 + watercolor:0.2"  # typed and moved
+    assert newest("ink:1 + robot:0.5", mixer) == "ink:1 + robot:1.5"  # typed in front of it
+    assert newest("robot:0.7", moved(mixer, robot=0.5)) == "robot:0.7"  # typed alone: the slider is where the text had it
+    assert newest("robot:0.5 + ", mixer) == "robot:0.5 + "  # while it is being typed
+    late = mixer_of("robot:0.5 + watercolor:0.2", mixer)  # the answer to what was typed, which had not seen the slider's text
+    assert [row["weight"] for row in late["rows"]] == [1.5, 0.2]
+    assert late["clock"] == mixer["clock"]
+    assert newest("robot:0.5 + watercolor:0.2", late) == "robot:1.5 + watercolor:0.2"
 
 
 def test_adding_and_removing_a_concept_restores_prompt_and_blend():
@@ -425,10 +448,10 @@ def test_what_the_browser_kept_is_checked(tmp_path):
     class Engine:
         limits = LIMITS
 
-    values, rows = form_from({"prompt": "a", "steps": 10**9, "blend": "robot:1[steps=", "seed": "x", "strange": 1}, Engine())
+    values, mixer = form_from({"prompt": "a", "steps": 10**9, "blend": "robot:1[steps=", "seed": "x", "strange": 1}, Engine())
     assert values == {"prompt": "a", "blend": ""}
-    assert rows == []
-    assert form_from("<script>", Engine()) == ({}, [])
+    assert mixer == mixer_of("")
+    assert form_from("<script>", Engine()) == ({}, mixer_of(""))
     assert checked({}, LIMITS) == ({}, [])
 
 

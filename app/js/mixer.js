@@ -1,12 +1,30 @@
 // One row for each concept of the blend: a chip that takes it out, a slider, a number.
 // The component's value changes here at once, so that Draw never sees an older weight; the written blend follows.
+// Every move has a number. An answer tells how many moves the server had seen: later ones stay, and are sent again.
 const list = element.querySelector("ul");
 const empty = element.querySelector(".empty");
 let due = null;
-function change(id, weight) {
-  props.value = props.value.map((row) => (row.id === id ? { ...row, weight } : row));
+let clock = 0;
+const moves = new Map(); // of each row that was moved: the move's number and the weight
+function send() {
   clearTimeout(due);
   due = setTimeout(() => trigger("input", {}), 40);
+}
+function put(which) {
+  const rows = props.value.rows.map((row) => (which(row) ? { ...row, weight: moves.get(row.id).weight } : row));
+  props.value = { ...props.value, clock, rows };
+  send();
+}
+function change(id, weight) {
+  clock += 1;
+  moves.set(id, { clock, weight });
+  put((row) => row.id === id);
+}
+function arrive() {
+  const seen = props.value.clock ?? clock;
+  const late = (row) => moves.get(row.id)?.clock > seen;
+  if (props.value.rows.some(late)) put(late);
+  draw();
 }
 function field(type, row) {
   const input = document.createElement("input");
@@ -65,7 +83,7 @@ function update(item, row) {
   }
 }
 function draw() {
-  const rows = props.value ?? [];
+  const rows = props.value.rows;
   const present = [...list.children];
   if (present.length === rows.length && rows.every((row, index) => present[index].dataset.id === row.id)) {
     rows.forEach((row, index) => update(present[index], row));
@@ -75,5 +93,5 @@ function draw() {
   list.hidden = rows.length === 0;
   empty.hidden = rows.length > 0;
 }
-watch("value", draw);
+watch("value", arrive);
 draw();

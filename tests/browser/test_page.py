@@ -91,6 +91,34 @@ def test_a_blend_of_two_from_cards_sliders_and_text(view, server):
     holds(view, "#written textarea", "robot:1.25")
 
 
+LATE = """() => {
+  const now = window.fetch;
+  window.fetch = async (...call) => {
+    const answer = await now(...call);
+    if (String(call[0].url ?? call[0]).includes("/run/predict")) await new Promise((done) => setTimeout(done, 700));
+    return answer;
+  };
+}"""
+
+
+def test_a_slider_that_moves_before_the_page_has_answered_stays(view, server):
+    """Where answers come late, what was typed and what was moved are both in the picture."""
+    quick(view)
+    add(view, "watercolor")
+    add(view, "robot")
+    view.evaluate(LATE)
+    view.locator(WRITTEN).fill("watercolor:0.5 + robot:1.25")
+    view.locator("#mixer input[type=range]").nth(0).fill("0.75")  # the answer to the text is still on its way
+    holds(view, "#written textarea", "watercolor:0.75 + robot:1.25")
+    holds(view, "#mixer li:nth-child(2) input[type=range]", "1.25")
+    holds(view, "#mixer li:nth-child(1) input[type=range]", "0.75")
+    view.locator("#mixer input[type=range]").nth(0).fill("0.6")
+    view.click("#draw")  # waits in the queue while the slider's own answer arrives
+    says(view, "#status", "1 picture in")
+    assert read_settings(pictures(server)[-1])["blend"] == "watercolor:0.6 + robot:1.25"
+    holds(view, "#written textarea", "watercolor:0.6 + robot:1.25")
+
+
 def test_a_loud_concept_is_evened_and_let_loose_again(view, server):
     quick(view)
     add(view, "robot")
