@@ -4,6 +4,7 @@ share-diffusion show FILE [--json]
 share-diffusion generate --subspace FILE --prompt TEXT --blend "watercolor:0.8 + robot:0.5" --output out.png
 share-diffusion grid --subspace FILE --prompt TEXT --blend BLEND --x robot=0..1/5 --y seed=0,1,2 --output grid.png
 share-diffusion overlap FILE [NAMES ...]
+share-diffusion measure FILE --base BASE
 share-diffusion fit LORA... --output FILE
 share-diffusion merge FILE LORA... [--distil]
 share-diffusion compare A B
@@ -32,6 +33,7 @@ from share_diffusion.commands import (
     fit,
     generate,
     grid,
+    measure,
     merge,
     overlap,
     rename,
@@ -45,6 +47,7 @@ COMMANDS = {
     "generate": generate,
     "grid": grid,
     "overlap": overlap,
+    "measure": measure,
     "fit": fit,
     "merge": merge,
     "compare": compare,

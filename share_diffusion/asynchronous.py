@@ -107,6 +107,11 @@ def merge_files(
         if Path(file).exists():
             subspace = load(file, weights)
         else:
+            if read[0].origin.kind == "activations":
+                raise ValueError(
+                    f"{os.fspath(file)} does not exist, and these patches were learned in columns measured on their base, "
+                    "which only a subspace file holds; start from a copy of the file that was learned against"
+                )
             subspace = Subspace(base=read[0].base, origin=read[0].origin)
         older = [path for path in (*against, storage.backup_path(file)) if Path(path).exists()]
         merged = merge_patches(

@@ -7,8 +7,10 @@
     layouts                 (g, layers, 3) int32: rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
     details                 (bytes,)    JSON list, one entry a concept: facts that nobody needs to list concepts
 
+    principal.*             columns measured on the base (origin `activations`), as `principal.py` tells
+
 Derived columns (a basis of origin `random` or `weights`) are not in the file: they are made again when it is read. With them
-new concepts are written in int8. A concept that was read is written as it was, to the bit.
+and with measured ones new concepts are written in int8. A concept that was read is written as it was, to the bit.
 The metadata holds `base`, `origin`, `basis_version`, `layers` as [path, out, in, kernel or null] and `concepts` as a list
 of {name, kind, trigger, norm, retention, layout}; so the header alone lists ten thousand concepts. Rows that a concept
 does not have, because its layer grew later, are zero.
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from share_diffusion import storage
+from share_diffusion import principal, storage
 from share_diffusion.basis import Basis
 from share_diffusion.concept import Concept
 from share_diffusion.packed import Packed, half, layout_of, settled, unit_of
@@ -95,6 +97,8 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for layer, basis in subspace.layers.items():
         tensors[f"{layer}.share_alpha"] = half(basis.alpha[:, fixed[layer][0] :], layer)
         tensors[f"{layer}.share_beta"] = half(basis.beta[:, fixed[layer][1] :], layer)
+    if subspace.origin.principal is not None:
+        tensors |= principal.pack(subspace.origin.principal, order)
     layouts: dict[Layout, int] = {}
     concepts = []
     for number, concept in enumerate(subspace.concepts.values()):
@@ -117,7 +121,7 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         **subspace.extra,
         "base": {**asdict(subspace.base), "weights": list(subspace.base.weights)},
-        "origin": asdict(subspace.origin),
+        "origin": subspace.origin.facts,
         "basis_version": subspace.basis_version,
         "layers": [[layer, *shapes[layer], kernels.get(layer)] for layer in order],
         "concepts": concepts,
@@ -129,12 +133,15 @@ def unpack(
 ) -> Subspace:
     """Return the subspace that a file's content describes."""
     base = BaseIdentity(**{**metadata["base"], "weights": tuple(metadata["base"]["weights"])})
-    origin = Origin(**metadata["origin"])
     shapes = {layer: (out, width) for layer, out, width, _ in metadata["layers"]}
+    kernels = {layer: (kernel[0], kernel[1]) for layer, _, _, kernel in metadata["layers"] if kernel}
+    origin = Origin(**metadata["origin"])
+    if origin.kind == "activations":
+        origin = changed(origin, principal=principal.unpack(tensors, shapes, kernels))
     look = look and origin.kind == "weights" and weights is None
     layers = {}
     for layer, shape in shapes.items():
-        derived = blank(origin, shape) if look else origin.derive(layer, shape, weights)
+        derived = blank(origin, layer, shape) if look else origin.derive(layer, shape, weights)
         layers[layer] = Basis(
             alpha=torch.cat([derived.alpha, tensors[f"{layer}.share_alpha"].float()], dim=1),
             beta=torch.cat([derived.beta, tensors[f"{layer}.share_beta"].float()], dim=1),
@@ -153,7 +160,7 @@ def unpack(
         base=base,
         origin=origin,
         layers=layers,
-        kernels={layer: (kernel[0], kernel[1]) for layer, _, _, kernel in metadata["layers"] if kernel},
+        kernels=kernels,
         concepts=concepts,
         generation=generation,
         extra={key: value for key, value in metadata.items() if key not in KNOWN},
@@ -161,9 +168,9 @@ def unpack(
     )
 
 
-def blank(origin: Origin, shape: tuple[int, int]) -> Basis:
+def blank(origin: Origin, layer: str, shape: tuple[int, int]) -> Basis:
     """Return zeros in place of derived columns."""
-    alpha, beta = origin.columns(shape)
+    alpha, beta = origin.columns(layer, shape)
     return Basis(torch.zeros(shape[1], alpha), torch.zeros(shape[0], beta))
 
 

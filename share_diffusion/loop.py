@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
 from share_diffusion.attached import Attached
 from share_diffusion.basis import Basis
+from share_diffusion.calibration import measured
 from share_diffusion.capacity import Capacity
 from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.learning import Denoiser, Frozen, denoising_loss, fixed_noise_loss, freeze
@@ -111,12 +113,17 @@ def measured_half_weight(model: Denoiser, pipeline: Any, pictures: PictureSet, b
 def opened(
     pipeline: Any, subspace: Subspace | None = None, targets: str = TARGETS, train_text_encoder: bool = True
 ) -> Subspace:
-    """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted."""
+    """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted.
+
+    An empty one whose origin is `activations` and has no columns yet is measured on the base.
+    """
     modules = select(pipeline, targets, train_text_encoder)
     identity = identify(pipeline, Path(str(getattr(pipeline.config, "_name_or_path", ""))).name or "base")
     held = subspace or Subspace(base=identity, origin=ORIGIN)
     if mismatch := held.base.mismatch(identity):
         raise ValueError(f"wrong base: {mismatch}; load that base")
+    if held.origin.kind == "activations" and held.origin.principal is None:
+        held = replace(held, origin=measured(pipeline, modules, held.origin))
     weights = {path: weight_of(module) for path, module in modules.items()}
     return held.cover({path: shape_of(module) for path, module in modules.items()}, weights)
 

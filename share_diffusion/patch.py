@@ -191,7 +191,7 @@ def pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors["coefficients"] = half(torch.cat(parts) if parts else torch.zeros(0), patch.name)
     about = {key: getattr(patch, key) for key in ("name", "kind", "trigger", "norm", "version")}
     base = {**asdict(patch.base), "weights": list(patch.base.weights)}
-    content = {**about, "base": base, "origin": asdict(patch.origin), "layers": layers, "details": dict(patch.details)}
+    content = {**about, "base": base, "origin": patch.origin.facts, "layers": layers, "details": dict(patch.details)}
     return tensors, {"patch": content}
 
 

@@ -4,7 +4,8 @@ A `Subspace` is a value: `merge` and `drop` return a new one and leave the old o
 wrong in between can damage a concept. `share_diffusion.file` reads and writes it as one file.
 
 The bases have an origin. With `adapters` every column is learned from updates and stored. With `random` or `weights`
-the first columns come from a seed or from the base's own weights, cost no bytes, and learned columns extend them.
+the first columns come from a seed or from the base's own weights and cost no bytes; with `activations` they were measured on
+the base once and are stored in four bits a number (`principal.py`). These columns never change; learned ones extend them.
 """
 
 from __future__ import annotations
@@ -24,39 +25,63 @@ from share_diffusion.capacity import Capacity
 from share_diffusion.concept import Concept, check_name
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.merge import Merged, merge_updates, squared
+from share_diffusion.principal import Principal
 
-ORIGINS = ("adapters", "random", "weights")
+ORIGINS = ("adapters", "random", "weights", "activations")
 INCOMPLETE = "this subspace was loaded without its base's weights, only to be looked at; load it with them"
 Weights = Mapping[str, Tensor]  # layer -> the base's own weight, (out, in) or (out, in, kh, kw)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a subspace's first columns come from: `rank` of them a side, drawn from `seed` or taken from the weights."""
+    """Where a subspace's first columns come from: `rank` of them a side, drawn from `seed` or taken from the weights.
+
+    With `activations` they are `principal`, `rank` a side on average, and layers that were not measured have those of the seed.
+    Two such origins are the same where their columns have one `digest`; without `principal` it is all that is known of them.
+    """
 
     kind: str = "adapters"
     rank: int = 0
     seed: int = 0
+    digest: str = ""
+    principal: Principal | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ORIGINS:
             raise ValueError(f"basis is {self.kind!r}; it is one of {', '.join(ORIGINS)}")
         if (self.kind == "adapters") != (self.rank == 0):
             raise ValueError(f"a basis of origin {self.kind} cannot have {self.rank} derived columns")
+        if self.principal is not None:
+            object.__setattr__(self, "digest", self.principal.digest)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a file's metadata tells of it."""
+        known = {"kind": self.kind, "rank": self.rank, "seed": self.seed}
+        return {**known, "digest": self.digest} if self.kind == "activations" else known
 
     @property
     def eight_bits(self) -> bool:
         """Whether new concepts are stored in 8 bits: where columns cost nothing, coefficients are all there is."""
         return self.kind != "adapters"
 
-    def columns(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return how many derived columns a layer of shape (out, in) has in (alpha, beta)."""
+    def columns(self, layer: str, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many columns that never change a layer of shape (out, in) has in (alpha, beta)."""
+        if self.principal is not None and layer in self.principal.sides:
+            return self.principal.widths(layer)
         most = min(self.rank, *shape)
         return most, most
 
     def derive(self, layer: str, shape: tuple[int, int], weights: Weights | None = None) -> Basis:
-        """Return the derived part of a layer's basis; `weights` is needed where they are the origin."""
-        rank = self.columns(shape)[0]
+        """Return the part of a layer's basis that never changes; `weights` is needed where they are the origin."""
+        if self.kind == "activations" and self.principal is None:
+            raise ValueError(
+                f"the columns measured on the base (digest {self.digest or 'unknown'}) are not here; they lie in the "
+                "file that was learned against"
+            )
+        if self.principal is not None and layer in self.principal.sides:
+            return self.principal.basis(layer)
+        rank = self.columns(layer, shape)[0]
         if self.kind == "adapters":
             return Basis(torch.zeros(shape[1], 0), torch.zeros(shape[0], 0))
         if self.kind == "weights":
@@ -136,6 +161,11 @@ class Subspace:
         Equals merging them all at once into an empty subspace. `basis` random or weights starts from `derived_rank`
         columns that are not stored; `capacity` says how much is kept (see `Capacity`).
         """
+        if basis == "activations":
+            raise ValueError(
+                "basis 'activations' is measured on the base, which is not here; begin a file with share-diffusion measure "
+                "and merge the LoRAs into it"
+            )
         empty = cls(base=base or BaseIdentity(), origin=Origin(basis, derived_rank, basis_seed if basis == "random" else 0))
         return empty.merge(loras, weights=weights, capacity=capacity, pseudo_rank=pseudo_rank)
 
@@ -174,8 +204,11 @@ class Subspace:
         problems += [INCOMPLETE] * (not self.complete)
         if pseudo_rank is not None and pseudo_rank < 1:
             problems.append(f"pseudo_rank is {pseudo_rank}; at least 1 is needed")
-        if capacity.rank is not None and capacity.rank < self.origin.rank:
-            problems.append(f"basis_rank is {capacity.rank}, below the {self.origin.rank} derived columns; raise it")
+        most = max([0, *(columns for pair in self.fixed.values() for columns in pair)])
+        if capacity.rank is not None and capacity.rank < (most or self.origin.rank):
+            problems.append(
+                f"basis_rank is {capacity.rank}, below the {most or self.origin.rank} columns that never change; raise it"
+            )
         taken = {name.casefold(): name for name in self.concepts}
         shapes = {layer: (basis.beta.shape[0], basis.alpha.shape[0]) for layer, basis in self.layers.items()}
         kernels = {layer: self.kernels.get(layer) for layer in self.layers}
@@ -269,8 +302,11 @@ class Subspace:
 
     @property
     def fixed(self) -> dict[str, tuple[int, int]]:
-        """Derived columns of every layer, as (alpha, beta)."""
-        return {layer: self.origin.columns((basis.beta.shape[0], basis.alpha.shape[0])) for layer, basis in self.layers.items()}
+        """Columns of every layer that never change, as (alpha, beta)."""
+        return {
+            layer: self.origin.columns(layer, (basis.beta.shape[0], basis.alpha.shape[0]))
+            for layer, basis in self.layers.items()
+        }
 
     @property
     def basis_version(self) -> str:

@@ -19,7 +19,7 @@ from share_diffusion.objective import Objective
 from share_diffusion.optimizers import RATE
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
-from share_diffusion.subspace import Origin
+from share_diffusion.subspace import ORIGINS, Origin
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -79,9 +79,11 @@ class ConceptSettings:
     rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
     basis: str | None = flag(
         None, "where a new subspace's first columns come from (default: random, or adapters for modes that make columns)",
-        choices=("adapters", "weights", "random"),
+        choices=ORIGINS,
     )  # fmt: skip
-    derived_rank: int = flag(ORIGIN.rank, "columns taken from the base's weights or a seed, with --basis weights or random")
+    derived_rank: int = flag(
+        ORIGIN.rank, "columns a side of a basis that is not made of adapters (on average, with --basis activations)"
+    )
     basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
     budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")
     retain: float = flag(0.999, "share of the new concept's energy that the merge keeps")

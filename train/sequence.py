@@ -27,9 +27,11 @@ from torch import Tensor
 
 from share_diffusion import storage
 from share_diffusion.asynchronous import merge_files
-from share_diffusion.base import load_base
+from share_diffusion.base import base_name, load_base
+from share_diffusion.calibration import begin
 from share_diffusion.file import listing
 from share_diffusion.models.identity import weights_of
+from share_diffusion.models.layers import select
 from share_diffusion.settings import flag, parse, spell
 
 
@@ -103,6 +105,11 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
             processes.append(process)
             return process.wait()
 
+    if origin_of(settings).kind == "activations" and not file.exists():  # all of them learn in the same columns
+        print(f"{file} is new: its columns are measured on the base's own pictures, once")
+        pipeline = load_base(settings.pretrained_model_name_or_path, local_files_only=settings.local_files_only)
+        modules = select(pipeline, settings.targets, settings.train_text_encoder)
+        begin(file, pipeline, modules, origin_of(settings), base_name(settings.pretrained_model_name_or_path))
     print(f"learning {len(todo)} concepts, {settings.workers} at a time; each one's words go to {folder}/NAME.log")
     with ThreadPoolExecutor(settings.workers) as pool:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
 from share_diffusion.buckets import batches_in_epoch
 from share_diffusion.cache import Cache
+from share_diffusion.calibration import begin
 from share_diffusion.class_pictures import class_folder, draw_class
 from share_diffusion.data import Dataset, join_datasets, read_dataset
 from share_diffusion.learning import Frozen, denoising_loss, freeze
@@ -110,6 +111,7 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     dataset = read_pictures(settings, recipe)
     pipeline = load(settings, accelerator)
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
+    begin_measured(settings, accelerator, pipeline, file, modules)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
     if settings.quantize_base and subspace.origin.kind == "weights":
         raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
@@ -263,6 +265,27 @@ def economise(settings: ConceptSettings, pipeline: Any) -> None:
         denoiser_of(pipeline).compile()
 
 
+def begin_measured(
+    settings: ConceptSettings, accelerator: Accelerator, pipeline: Any, file: Path, modules: dict[str, nn.Module]
+) -> None:
+    """Write the empty file whose columns are measured on the base, where a new file is to have such; a dry run does without.
+
+    It is written before anything trains, so that a run that is resumed, other processes and other machines have the same.
+    """
+    if (origin := origin_of(settings)).kind != "activations" or file.exists() or settings.dry_run:
+        return
+    if settings.low_vram:
+        raise ValueError(
+            f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
+            "begin it where that fits (share-diffusion measure), or take --basis random"
+        )
+    if accelerator.is_main_process:
+        accelerator.print(f"{file} is new: its columns are measured on the base's own pictures, once")
+        with accelerator.autocast():
+            begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path))
+    accelerator.wait_for_everyone()
+
+
 def open_subspace(
     settings: ConceptSettings, pipeline: Any, file: Path, recipe: Recipe, modules: dict[str, nn.Module]
 ) -> Subspace:
@@ -270,7 +293,10 @@ def open_subspace(
     identity = identify(pipeline, base_name(settings.pretrained_model_name_or_path))
     weights = {path: weight_of(module) for path, module in modules.items()}
     if not file.exists():
-        empty = Subspace(base=identity, origin=origin_of(settings))
+        origin = origin_of(settings)
+        if origin.kind == "activations":  # of a dry run: about as many columns, and nothing is measured
+            origin = replace(origin, kind="random")
+        empty = Subspace(base=identity, origin=origin)
         return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
     subspace = Subspace.load(file, weights)
     if mismatch := subspace.base.mismatch(identity):

@@ -5,14 +5,19 @@
     scales.<number> (s,)      beside int8: for every layer in order what the p columns of alpha and of beta are stretched by
     layouts (g, layers, 3)    rows of alpha, rows of beta and p of every layer; p = 0 is an absent layer
 
-The first columns of a basis may come from a seed instead (origin `random`) and are drawn again here. A basis that comes
-from the base's own weights (origin `weights`) is refused: ComfyUI may hold those in another precision.
+    principal.* measured columns (origin `activations`): directions of channels as numbers of four bits, the pairs of a
+                              direction and a pattern over a convolution's kernel, and how many of both each side has
+
+The first columns of a basis may come from a seed instead (origin `random`) and are drawn again here, or from measurements of
+the base (origin `activations`), which are made orthonormal here. A basis that comes from the base's own weights (origin
+`weights`) is refused: ComfyUI may hold those in another precision.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +73,10 @@ def read(path: str | os.PathLike[str]) -> SubspaceFile:
             "write its concepts with `share-diffusion export` and load them as LoRAs"
         )
     tensors = load(data)
+    measured = measured_columns(content["layers"], tensors) if content["origin"]["kind"] == "activations" else {}
     return SubspaceFile(
         base=content["base"]["name"],
-        layers=[layer_of(entry, tensors, content["origin"]) for entry in content["layers"]],
+        layers=[layer_of(entry, tensors, content["origin"], measured.get(entry[0])) for entry in content["layers"]],
         concepts={entry["name"]: concept_of(number, entry, tensors) for number, entry in enumerate(content["concepts"])},
     )
 
@@ -99,15 +105,58 @@ def verified(data: bytes, name: str) -> dict[str, Any]:
     return envelope["content"]
 
 
-def layer_of(entry: list[Any], tensors: dict[str, Tensor], origin: dict[str, Any]) -> Layer:
+def layer_of(
+    entry: list[Any], tensors: dict[str, Tensor], origin: dict[str, Any], measured: tuple[Tensor, Tensor] | None = None
+) -> Layer:
     """Return one layer with its derived columns in front of the learned ones."""
     path, out, width, kernel = entry
     alpha, beta = tensors[f"{path}.share_alpha"].float(), tensors[f"{path}.share_beta"].float()
-    if origin["kind"] == "random":
+    if measured is not None:
+        alpha, beta = torch.cat([measured[0], alpha], dim=1), torch.cat([measured[1], beta], dim=1)
+    elif origin["kind"] in ("random", "activations"):
         rank = min(origin["rank"], out, width)
         alpha = torch.cat([drawn(width, rank, origin["seed"], path, "alpha"), alpha], dim=1)
         beta = torch.cat([drawn(out, rank, origin["seed"], path, "beta"), beta], dim=1)
     return Layer(path, alpha, beta, (kernel[0], kernel[1]) if kernel else None)
+
+
+def measured_columns(entries: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the measured columns (alpha, beta) of the layers that have them, by path."""
+    packed, pairs = tensors["principal.numbers"], tensors["principal.pairs"].long()
+    numbers = torch.stack([packed // 16, packed % 16], 1).flatten().double() - 8
+    found, place, pair = {}, 0, 0
+    for (path, out, width, kernel), sizes in zip(entries, tensors["principal.sizes"].tolist(), strict=True):
+        sides = []
+        for side, shape, stored, columns in ((width, kernel or [1, 1], *sizes[:2]), (out, [1, 1], *sizes[2:])):
+            patterns = shape[0] * shape[1]
+            channels = side // patterns
+            directions = numbers[place : place + channels * stored].reshape(channels, stored)
+            chosen = torch.arange(columns)
+            if patterns > 1:
+                chosen, pair = pairs[pair : pair + columns], pair + columns
+            place += channels * stored
+            sides.append(orthonormal(directions[:, chosen // patterns], cosines(*shape)[:, chosen % patterns]))
+        if any(sizes):
+            found[path] = (sides[0], sides[1])
+    return found
+
+
+def orthonormal(directions: Tensor, waves: Tensor) -> Tensor:
+    """Return the columns (channels * places, k) of directions (channels, k) times waves over a kernel's places (places, k)."""
+    raw = (directions[:, None] * waves[None]).flatten(0, 1)
+    frame, triangle = torch.linalg.qr(raw / raw.norm(dim=0))
+    return (frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).float()
+
+
+def cosines(height: int, width: int) -> Tensor:
+    """Return the DCT-II over a kernel's places as orthonormal columns, the smoothest first."""
+    lines = []
+    for length in (height, width):
+        places = torch.arange(length, dtype=torch.float64)
+        waves = torch.cos(math.pi / length * (places[:, None] + 0.5) * places[None])
+        lines.append(waves / waves.norm(dim=0))
+    order = sorted(range(height * width), key=lambda index: (index // width + index % width, index))
+    return torch.kron(*lines)[:, order]
 
 
 def drawn(side: int, rank: int, seed: int, path: str, which: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from share_diffusion.adapt import START, Adaptation, make_learner
 from share_diffusion.basis import Basis, Coefficients
+from share_diffusion.calibration import measured
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.optimizers import RATE, decay_for
@@ -55,6 +56,8 @@ class ShareStream:
         self.begin: float = options.pop("begin", START)
         origin = options.pop("origin", "adapters")
         derived = Origin(origin, options.pop("derived_rank", 0), seed if origin == "random" else 0)
+        if origin == "activations":
+            derived = measured(bench.pipeline, bench.modules, derived)
         if options:
             raise ValueError(f"unknown settings of a Share stream: {', '.join(options)}")
         self.modules = {path: module for path, module in bench.modules.items() if self.text_encoder or path.startswith("unet")}
@@ -72,7 +75,7 @@ class ShareStream:
             lora, lesson = own_lora(self.bench, concept, seed)
         elif mode == "coefficients" and not self.learned_columns():  # then neither order nor earlier concepts have a say
             origin = self.subspace.origin
-            basis = f"{origin.kind}-{origin.rank}-{origin.seed}"
+            basis = f"{origin.kind}-{origin.rank}-{origin.seed}{origin.digest}"
             pace = f"rate{self.rate:g}-decay{self.decay:g}-begin{self.begin:g}"
             way = f"{basis}-p{self.ranks[0]}-{pace}-text{self.text_encoder:d}-seed{seed}"
             lora, lesson = kept(self.bench, way, concept, lambda: self.adapt(concept, mode, seed))
@@ -154,6 +157,7 @@ def stored(subspace: Subspace) -> int:
         for path, basis in subspace.layers.items()
     )
     eight_bits = subspace.origin.eight_bits
+    columns += subspace.origin.principal.bytes // 2 if subspace.origin.principal else 0
     return columns + sum(stored_bytes(concept, eight_bits) for concept in subspace.concepts.values()) // 2
 
 

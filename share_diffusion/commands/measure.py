@@ -1,0 +1,59 @@
+"""Begin a subspace file with columns measured on its base: which directions the base's own layers use."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "begin a subspace file with columns measured on its base"
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("file", type=Path, help="the file to begin")
+    parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
+    parser.add_argument("--local_files_only", action="store_true")
+    parser.add_argument("--device", help="where the base runs (default: a GPU where there is one)")
+    parser.add_argument(
+        "--targets", default="attention+ff+conv", help="layers that concepts will change (default: %(default)s)"
+    )
+    parser.add_argument("--no-train_text_encoder", dest="train_text_encoder", action="store_false")
+    parser.add_argument("--derived_rank", type=int, default=48, help="columns a side on average (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw pictures with the base, measure its layers on them, and write the empty file."""
+    if arguments.file.exists():
+        raise ValueError(f"{arguments.file} is there already; its columns stay as they are: choose another file")
+    if not arguments.file.parent.is_dir():
+        raise ValueError(f"{arguments.file.parent} is not a folder; create it first")
+    if arguments.derived_rank < 1:
+        raise ValueError(f"--derived_rank is {arguments.derived_rank}; at least 1 column is needed")
+    import torch
+    from tqdm import tqdm
+
+    from share_diffusion.base import base_name, load_base
+    from share_diffusion.calibration import PICTURES, begin
+    from share_diffusion.models.layers import select
+    from share_diffusion.subspace import Origin
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = arguments.pretrained_model_name_or_path
+    pipeline = load_base(name, device=device, local_files_only=arguments.local_files_only)
+    modules = select(pipeline, arguments.targets, arguments.train_text_encoder)
+    print(f"{base_name(name)} draws {PICTURES} pictures of its own; then {len(modules)} of its layers are measured")
+    with tqdm(desc="measuring", unit="pass", disable=None) as bar:
+
+        def progress(done: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(done - bar.n)
+
+        origin = Origin("activations", arguments.derived_rank, arguments.seed)
+        begun = begin(arguments.file, pipeline, modules, origin, base_name(name), progress)
+    assert begun.origin.principal is not None
+    columns = sum(sum(begun.origin.principal.widths(path)) for path in modules)
+    print(
+        f"{arguments.file}: {arguments.file.stat().st_size:,} bytes, {columns:,} columns over {2 * len(modules)} sides; "
+        "concepts that are learned into it change neither them nor each other"
+    )
