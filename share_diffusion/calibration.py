@@ -79,21 +79,25 @@ def measured(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin, pr
 
     Those of the embedded base were measured once and come with the package.
     """
-    if (known := shipped(pipeline, origin)) is not None and set(modules) <= set(known.sides):
-        return replace(origin, principal=Principal({path: known.sides[path] for path in modules}))
+    if (known := shipped(pipeline, modules, origin)) is not None:
+        return known
     with own_pictures(pipeline) as pictures:
-        return replace(
-            origin, principal=calibrate(pipeline, modules, pictures, origin.rank, seed=origin.seed, progress=progress)
-        )
+        found = calibrate(pipeline, modules, pictures, origin.rank, seed=origin.seed, progress=progress)
+    return replace(origin, principal=found)
 
 
-def shipped(pipeline: Any, origin: Origin) -> Principal | None:
-    """Return the columns that come with the package where they are those of this base and origin."""
+def shipped(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin) -> Origin | None:
+    """Return the origin with the columns that come with the package, where they are those of this base and these layers."""
     if not SHIPPED.is_file():
         return None
     held, ours = Subspace.load(SHIPPED), identify(pipeline)
     alike = held.base.architecture == ours.architecture and bool(ours.weights) and held.base.mismatch(ours) is None
-    return held.origin.principal if alike and (held.origin.rank, held.origin.seed) == (origin.rank, origin.seed) else None
+    known = held.origin.principal
+    if not alike or known is None or held.origin.facts | {"digest": ""} != origin.facts | {"digest": ""}:
+        return None
+    if not set(modules) <= set(known.sides):
+        return None
+    return replace(origin, principal=Principal({path: known.sides[path] for path in modules}))
 
 
 @contextmanager
@@ -248,9 +252,9 @@ def choose(spectra: Mapping[str, tuple[Spectrum, Spectrum]], rank: int, stored: 
     pairs: list[list[int]] = [[] for _ in sides]
     directions: list[dict[int, int]] = [{} for _ in sides]
     left = rank * len(sides)
-    for _, number, index in candidates:
+    for _, _, number, pair in candidates:
         side = sides[number][2]
-        direction, pattern = divmod(-index, side.energies.shape[1])
+        direction, pattern = divmod(pair, side.energies.shape[1])
         cost = 0 if direction in directions[number] else side.channels
         forced = len(pairs[number]) < LEAST
         if not forced and (left <= 0 or cost > room or len(pairs[number]) >= side.channels * side.energies.shape[1]):
@@ -265,14 +269,14 @@ def choose(spectra: Mapping[str, tuple[Spectrum, Spectrum]], rank: int, stored: 
     return Principal({path: (alpha, beta) for path, (alpha, beta) in found.items()})
 
 
-def worth(number: int, side: Spectrum) -> Iterator[tuple[float, int, int]]:
-    """Return (worth, side, -pair) of a side's pairs, strongest first; the first `LEAST` come before everything else."""
+def worth(number: int, side: Spectrum) -> Iterator[tuple[float, int, int, int]]:
+    """Return (worth, -place, side, pair) of a side's pairs, strongest first; the first `LEAST` come before everything else."""
     energies = side.energies.flatten()
     order = energies.argsort(descending=True, stable=True).tolist()
     whole = float(energies.sum()) or 1.0
     price = (side.channels / (1 if side.kernel == POINT else 3)) ** 0.5  # a direction of channels serves some three patterns
     for place, pair in enumerate(order):
-        yield (math.inf if place < LEAST else float(energies[pair]) / whole / price, number, -pair)
+        yield (math.inf if place < LEAST else float(energies[pair]) / whole / price, -place, number, pair)
 
 
 def begin(

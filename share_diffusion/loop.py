@@ -36,7 +36,7 @@ from share_diffusion.step import draw_step
 from share_diffusion.subspace import Origin, Subspace
 
 TARGETS = "attention+ff+conv"  # the layers that are adapted where nothing else is asked for
-ORIGIN = Origin("random", 48)  # of a new subspace: columns that a seed gives back, and that no file has to hold
+ORIGIN = Origin("activations", 48)  # of a new subspace: columns measured on its base, stored in four bits a number
 HEARD = 4  # batches at fixed noise that tell how loud a concept is
 LOOK = 1_000_000_000  # steps that look at the gradient are numbered from here, apart from those that train
 
@@ -129,7 +129,7 @@ def opened(
 
 
 def mode_for(subspace: Subspace) -> str:
-    """Return how a concept extends a subspace: by coefficients alone where the columns cost nothing, else by new columns."""
+    """Return how a concept extends a subspace: by coefficients alone where a new file has columns, else by new ones."""
     return "gradient" if subspace.origin.kind == "adapters" else "coefficients"
 
 

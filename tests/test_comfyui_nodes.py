@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from drawn_columns import draw_principal
 from PIL import Image
 from ports import free_port
 from safetensors.torch import load_file
 
 from share_diffusion.blend import Blend
 from share_diffusion.lora import Factors, LoRA
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Origin, Subspace
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "app" / "comfyui"
@@ -104,7 +105,11 @@ def subspace(origin="adapters"):
             }
         )
 
-    empty = Subspace() if origin == "adapters" else Subspace.fit({"zero": lora(list(shapes), 2)}, basis=origin, derived_rank=6)
+    empty = Subspace() if origin == "adapters" else Subspace(origin=Origin(origin, 6))
+    if origin == "activations":  # one layer was not measured
+        sizes = {path: shape[:2] for path, shape in list(shapes.items())[1:]}
+        principal = draw_principal(sizes, {path: shapes[path][2] for path in sizes})
+        empty = Subspace(origin=Origin(origin, 6, principal=principal))
     about = {"ink wash": {"trigger": "inkw"}, "owl": {"kind": "subject", "trigger": "owlie"}}
     return empty.merge({"ink wash": lora(list(shapes), 3), "owl": lora(list(shapes)[1:4], 2)}, about=about)
 
@@ -123,7 +128,7 @@ def named(tensors, layer):
     return tuple(tensors[f"{prefix}{module.replace('.', '_')}.lora_{side}.weight"] for side in ("up", "down"))
 
 
-@pytest.mark.parametrize("origin", ["adapters", "random"])
+@pytest.mark.parametrize("origin", ["adapters", "random", "activations"])
 def test_a_mix_is_what_the_library_blends(tmp_path, origin):
     texts = ["ink wash:0.8, owl:-0.4", "ink wash:0.8 + owl:-0.4", '"owl"', "ink wash:0, owl:1e-1"]
     subspace(origin).save(tmp_path / "two.safetensors")

@@ -78,11 +78,11 @@ class ConceptSettings:
     temporary_rank: int = flag(4, "new directions per layer (phi)")
     rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
     basis: str | None = flag(
-        None, "where a new subspace's first columns come from (default: random, or adapters for modes that make columns)",
+        None, "where a new subspace's first columns come from (default: activations, or adapters for modes that make columns)",
         choices=ORIGINS,
     )  # fmt: skip
     derived_rank: int = flag(
-        ORIGIN.rank, "columns a side of a basis that is not made of adapters (on average, with --basis activations)"
+        ORIGIN.rank, "columns a side of a basis that is not made of adapters (with activations on average)"
     )
     basis_rank: int | None = flag(None, "most columns a side of a layer", aliases=("num_components",))
     budget: str | None = flag(None, "most bytes of the file, e.g. 60MB")

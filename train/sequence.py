@@ -27,11 +27,9 @@ from torch import Tensor
 
 from share_diffusion import storage
 from share_diffusion.asynchronous import merge_files
-from share_diffusion.base import base_name, load_base
-from share_diffusion.calibration import begin
+from share_diffusion.base import load_base
 from share_diffusion.file import listing
 from share_diffusion.models.identity import weights_of
-from share_diffusion.models.layers import select
 from share_diffusion.settings import flag, parse, spell
 
 
@@ -106,10 +104,7 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
             return process.wait()
 
     if origin_of(settings).kind == "activations" and not file.exists():  # all of them learn in the same columns
-        print(f"{file} is new: its columns are measured on the base's own pictures, once")
-        pipeline = load_base(settings.pretrained_model_name_or_path, local_files_only=settings.local_files_only)
-        modules = select(pipeline, settings.targets, settings.train_text_encoder)
-        begin(file, pipeline, modules, origin_of(settings), base_name(settings.pretrained_model_name_or_path))
+        begin(settings, file)
     print(f"learning {len(todo)} concepts, {settings.workers} at a time; each one's words go to {folder}/NAME.log")
     with ThreadPoolExecutor(settings.workers) as pool:
         try:
@@ -133,6 +128,15 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
             + f". {len(learned)} of {len(todo)} are merged; start the same command again for the rest"
         )
     return learned
+
+
+def begin(settings: SequenceSettings, file: Path) -> None:
+    """Begin the file with columns measured on its base, in a process of its own, which leaves the device to the others."""
+    words = ["--base", settings.pretrained_model_name_or_path, "--targets", settings.targets]
+    words += ["--derived_rank", str(settings.derived_rank), *(["--local_files_only"] if settings.local_files_only else [])]
+    words += [] if settings.train_text_encoder else ["--no-train_text_encoder"]
+    if subprocess.run([sys.executable, "-m", "share_diffusion", "measure", str(file), *words], check=False).returncode:
+        raise ValueError(f"{file} could not be begun; what is wrong stands above")
 
 
 def base_weights(settings: SequenceSettings, file: Path) -> dict[str, Tensor] | None:

@@ -20,7 +20,7 @@ from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
 from share_diffusion.buckets import batches_in_epoch
 from share_diffusion.cache import Cache
-from share_diffusion.calibration import begin
+from share_diffusion.calibration import PICTURES, begin, shipped
 from share_diffusion.class_pictures import class_folder, draw_class
 from share_diffusion.data import Dataset, join_datasets, read_dataset
 from share_diffusion.learning import Frozen, denoising_loss, freeze
@@ -111,7 +111,7 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     dataset = read_pictures(settings, recipe)
     pipeline = load(settings, accelerator)
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
-    begin_measured(settings, accelerator, pipeline, file, modules)
+    begin_file(settings, accelerator, pipeline, file, modules)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
     if settings.quantize_base and subspace.origin.kind == "weights":
         raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
@@ -265,22 +265,28 @@ def economise(settings: ConceptSettings, pipeline: Any) -> None:
         denoiser_of(pipeline).compile()
 
 
-def begin_measured(
+def begin_file(
     settings: ConceptSettings, accelerator: Accelerator, pipeline: Any, file: Path, modules: dict[str, nn.Module]
 ) -> None:
-    """Write the empty file whose columns are measured on the base, where a new file is to have such; a dry run does without.
+    """Write the file without concepts where its columns have to be measured on the base, or patches are to be folded into it.
 
-    It is written before anything trains, so that a run that is resumed, other processes and other machines have the same.
+    It is written before anything trains, so that a run that is resumed, other processes and other machines have the same
+    columns. A dry run does without.
     """
     if (origin := origin_of(settings)).kind != "activations" or file.exists() or settings.dry_run:
         return
-    if settings.low_vram:
+    if known := shipped(pipeline, modules, origin):
+        if not settings.patch:
+            return
+    elif settings.low_vram:
         raise ValueError(
             f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
             "begin it where that fits (share-diffusion measure), or take --basis random"
         )
     if accelerator.is_main_process:
-        accelerator.print(f"{file} is new: its columns are measured on the base's own pictures, once")
+        if not known:
+            accelerator.print(f"{file} is new: its columns are measured once, on {PICTURES} pictures that the base draws")
+        file.parent.mkdir(parents=True, exist_ok=True)
         with accelerator.autocast():
             begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path))
     accelerator.wait_for_everyone()
@@ -294,8 +300,8 @@ def open_subspace(
     weights = {path: weight_of(module) for path, module in modules.items()}
     if not file.exists():
         origin = origin_of(settings)
-        if origin.kind == "activations":  # of a dry run: about as many columns, and nothing is measured
-            origin = replace(origin, kind="random")
+        if origin.kind == "activations":  # where they would have to be measured, a dry run shows as many columns of a seed
+            origin = shipped(pipeline, modules, origin) or replace(origin, kind="random")
         empty = Subspace(base=identity, origin=origin)
         return empty.cover({path: shape_of(module) for path, module in modules.items()}, weights)
     subspace = Subspace.load(file, weights)
