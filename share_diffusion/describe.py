@@ -32,7 +32,7 @@ def describe(subspace: Subspace, path: str | os.PathLike[str]) -> dict[str, Any]
         entry.alpha.shape[0] * (entry.rank[0] - fixed[layer][0]) + entry.beta.shape[0] * (entry.rank[1] - fixed[layer][1])
         for layer, entry in subspace.layers.items()
     )
-    basis += subspace.origin.principal.bytes if subspace.origin.principal else 0
+    basis += subspace.origin.bytes
     concepts = [
         {
             "name": concept.name,

@@ -79,8 +79,12 @@ def merge_updates(
     norms: Mapping[str, float],
     capacity: Capacity,
     pseudo_rank: int | None = None,
+    fixed_bytes: int = 0,
 ) -> Merged:
-    """Fold `updates` (concept -> layer -> factors, of Frobenius norm `norms`) into the bases within the capacity."""
+    """Fold `updates` (concept -> layer -> factors, of Frobenius norm `norms`) into the bases within the capacity.
+
+    `fixed_bytes` is what the `fixed` columns take of the budget.
+    """
     frames = make_frames(layers, fixed, updates, norms)
     widths = {name: basis.rank for name, basis in layers.items()} | grow(frames, norms, capacity)
     ranks = {
@@ -89,7 +93,7 @@ def merge_updates(
     }
 
     def cost(chosen: Widths, rotated: set[str]) -> int:
-        return file_numbers(chosen, rotated, layers, fixed, held, ranks) * BYTES
+        return file_numbers(chosen, rotated, layers, fixed, held, ranks) * BYTES + fixed_bytes
 
     tight = over_rank(frames, widths, capacity.rank)
     if capacity.budget is not None and cost(widths, tight) > capacity.budget:

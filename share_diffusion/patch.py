@@ -95,7 +95,8 @@ def leading_version(subspace: Subspace, known: Mapping[str, Columns], origin: Or
     if short or (wanted and subspace.origin != origin):
         return ""
     cut = {layer: Basis(bases[layer].alpha[:, :alpha], bases[layer].beta[:, :beta]) for layer, (alpha, beta) in wanted.items()}
-    return replace(subspace, origin=origin, layers=cut).basis_version
+    known_origin = subspace.origin if subspace.origin == origin else origin  # a patch's own has no measured columns with it
+    return replace(subspace, origin=known_origin, layers=cut).basis_version
 
 
 def make_patch(

@@ -61,8 +61,13 @@ class Origin:
         return {**known, "digest": self.digest} if self.kind == "activations" else known
 
     @property
+    def bytes(self) -> int:
+        """What the columns that were measured take in a file; those of a seed or the weights take nothing."""
+        return self.principal.bytes if self.principal is not None else 0
+
+    @property
     def eight_bits(self) -> bool:
-        """Whether new concepts are stored in 8 bits: where columns cost nothing, coefficients are all there is."""
+        """Whether new concepts are stored in 8 bits: where columns are there from the start, a file is mostly coefficients."""
         return self.kind != "adapters"
 
     def columns(self, layer: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -190,7 +195,9 @@ class Subspace:
         grown = self.cover({layer: (entry.shape, entry.kernel) for layer, entry in entries.items()}, weights)
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
-        merged = merge_updates(grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank)
+        merged = merge_updates(
+            grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank, self.origin.bytes
+        )
         concepts = grown.join(merged, norms, about)
         for name, lora in loras.items():
             if lora.lost:  # what reading the file left out is as much gone as what the bases do not hold
@@ -208,6 +215,11 @@ class Subspace:
         if capacity.rank is not None and capacity.rank < (most or self.origin.rank):
             problems.append(
                 f"basis_rank is {capacity.rank}, below the {most or self.origin.rank} columns that never change; raise it"
+            )
+        if capacity.budget is not None and capacity.budget <= self.origin.bytes:
+            problems.append(
+                f"budget is {capacity.budget:,} bytes; the columns measured on the base take {self.origin.bytes:,} alone; "
+                "raise it"
             )
         taken = {name.casefold(): name for name in self.concepts}
         shapes = {layer: (basis.beta.shape[0], basis.alpha.shape[0]) for layer, basis in self.layers.items()}

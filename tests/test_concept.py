@@ -214,9 +214,35 @@ def test_every_family_learns_a_concept(workplace, name):
         else ["--snr_gamma", "5"]
     )
     assert run(*words, *more, "--use_aspect_ratio_buckets", "--bucket_step", "16") == 0
-    held = Subspace.load(workplace / f"outputs/{name}/subspace.safetensors")["mycat"]
-    assert held.norm > 0
-    assert held.retention > 0.998
+    subspace = Subspace.load(workplace / f"outputs/{name}/subspace.safetensors")
+    assert subspace["mycat"].norm > 0
+    assert subspace["mycat"].retention > 0.998
+    assert subspace.origin.kind == ("random" if "--low_vram" in more else "activations")
+
+
+def test_columns_are_measured_once_and_written_before_anything_trains(workplace, monkeypatch, capsys):
+    save(BUILDERS["sd"](), workplace / "other")
+    words = ["--concept", "mycat", *own_photos(workplace), "--base", "other", "--targets", "attention"]
+    file = workplace / "outputs/other/subspace.safetensors"
+    assert run(*words, "--dry_run") == 0
+    assert not file.exists()
+    assert run(*words, "--low_vram", "--basis", "activations") == 1
+    assert "measured on the whole base" in capsys.readouterr().err
+    learn = concept.denoising_loss
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(concept, "denoising_loss", stop)
+    assert run(*words) == 130
+    assert "its columns are measured once" in capsys.readouterr().out
+    begun = Subspace.load(file)
+    assert (begun.origin.kind, list(begun.concepts)) == ("activations", [])
+    monkeypatch.setattr(concept, "denoising_loss", learn)
+    assert run(*words) == 0
+    assert "are measured once" not in capsys.readouterr().out
+    assert Subspace.load(file).origin == begun.origin
+    assert list(Subspace.load(file).concepts) == ["mycat"]
 
 
 def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
@@ -251,10 +277,11 @@ def test_later_concepts_leave_earlier_ones_bit_identical(workplace, way):
     assert second["robot"].kind == "subject"
 
 
-def test_in_a_basis_of_a_seed_no_order_and_no_other_concept_has_a_say(workplace, one_thread):
+@pytest.mark.parametrize("basis", ["activations", "random"])
+def test_in_columns_that_never_change_no_order_and_no_other_concept_has_a_say(workplace, one_thread, basis):
     for file, names in (("one", ("watercolor", "robot")), ("two", ("robot", "watercolor"))):
         for name in names:
-            assert run("--concept", name, "--subspace", f"{file}.safetensors") == 0
+            assert run("--concept", name, "--subspace", f"{file}.safetensors", "--basis", basis) == 0
     one, two = (Subspace.load(workplace / f"{file}.safetensors") for file in ("one", "two"))
     for name in one.concepts:
         assert one[name].retention > 0.9999

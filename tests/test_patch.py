@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from drawn_columns import draw_principal
 
 from share_diffusion.__main__ import main
 from share_diffusion.asynchronous import merge_files, merge_patches
@@ -47,7 +48,10 @@ def written(tmp_path, subspace, names, start=10):
     return paths
 
 
-@pytest.mark.parametrize("origin", [Origin(), Origin("random", 3, 5)])
+MEASURED = draw_principal({layer: shape[:2] for layer, shape in SHAPES.items()}, {"unet.b": (3, 3)})
+
+
+@pytest.mark.parametrize("origin", [Origin(), Origin("random", 3, 5), Origin("activations", 3, principal=MEASURED)])
 def test_a_patch_says_what_the_lora_said_and_costs_nothing_for_what_is_known(tmp_path, origin):
     empty = Subspace(origin=origin)
     held = empty.merge({"first": draw(1)})
@@ -68,6 +72,23 @@ def test_a_merged_patch_is_the_concept_learned_in_place(tmp_path):
     assert gap(there.lora("new"), here.lora("new")) < 1e-5
     assert torch.equal(there["first"].coefficients["unet.a"].alpha, held["first"].coefficients["unet.a"].alpha)
     assert there.layers["unet.a"].rank == here.layers["unet.a"].rank
+
+
+def test_patches_in_measured_columns_are_folded_into_the_file_that_holds_them_and_into_no_other(tmp_path):
+    path, measured = tmp_path / "mine.safetensors", Origin("activations", 3, principal=MEASURED)
+    held = Subspace(origin=measured).cover({layer: (shape[:2], shape[2]) for layer, shape in SHAPES.items()}).save(path)
+    alone = written(tmp_path, held, ["a"])
+    grown = held.merge({"first": draw(1)}).save(path)
+    merged = merge_files(path, [*alone, *written(tmp_path, grown, ["b"], start=20)])
+    assert set(merged.concepts) == {"first", "a", "b"}
+    assert gap(load(path).lora("a"), draw(10)) < 0.02  # of 8 bits
+    with pytest.raises(ValueError, match="copy of the file that was learned against"):
+        merge_files(tmp_path / "absent.safetensors", alone)
+    other = draw_principal({layer: shape[:2] for layer, shape in SHAPES.items() if layer != "unet.a"}, {"unet.b": (3, 3)})
+    strange = Subspace(origin=Origin("activations", 3, principal=other))
+    strange.cover({layer: (shape[:2], shape[2]) for layer, shape in SHAPES.items()}).save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="learned against basis version"):
+        merge_files(tmp_path / "other.safetensors", alone)
 
 
 def test_every_order_and_repetition_gives_the_same_bytes(tmp_path):

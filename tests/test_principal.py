@@ -138,6 +138,17 @@ def test_later_concepts_change_neither_measured_columns_nor_what_lies_in_them(tm
         held.merge({"wide": beyond}, capacity=Capacity(rank=6))
 
 
+def test_a_budget_counts_the_measured_columns(tmp_path):
+    held = subspace(draw_columns())
+    beyond = LoRA({"unet.lin": Factors(torch.randn(7, 4), torch.randn(4, 9))}, {})
+    with pytest.raises(ValueError, match=f"take {held.origin.bytes:,} alone"):
+        held.merge({"wide": beyond}, capacity=Capacity(budget=held.origin.bytes))
+    room = 300
+    small = held.merge({"wide": beyond}, capacity=Capacity(retain=1.0, budget=held.origin.bytes + room))
+    large = held.merge({"wide": beyond}, capacity=Capacity(retain=1.0))
+    assert small.layers["unet.lin"].rank < large.layers["unet.lin"].rank
+
+
 def test_what_was_measured_elsewhere_is_another_basis(tmp_path):
     one, other = subspace(draw_columns(), concepts=False), draw_columns()
     changed = Side(other.sides["unet.lin"][0].directions.clone(), other.sides["unet.lin"][0].pairs)

@@ -78,9 +78,11 @@ class ConceptSettings:
     temporary_rank: int = flag(4, "new directions per layer (phi)")
     rank: int = flag(8, "rank of an ordinary LoRA, which starts an empty subspace", aliases=("network_dim",))
     basis: str | None = flag(
-        None, "where a new subspace's first columns come from (default: activations, or adapters for modes that make columns)",
+        None,
+        "where a new subspace's first columns come from (default: activations; random with --low_vram; adapters for modes that "
+        "make columns)",
         choices=ORIGINS,
-    )  # fmt: skip
+    )
     derived_rank: int = flag(
         ORIGIN.rank, "columns a side of a basis that is not made of adapters (with activations on average)"
     )
@@ -247,8 +249,11 @@ def variation_of(settings: ConceptSettings) -> Variation:
 
 def origin_of(settings: ConceptSettings) -> Origin:
     """Return where a new subspace's first columns come from."""
-    makes_columns = settings.adaptation not in (None, "coefficients")
-    kind = settings.basis or ("adapters" if makes_columns else ORIGIN.kind)
+    kind = settings.basis or ORIGIN.kind
+    if settings.basis is None and settings.adaptation not in (None, "coefficients"):
+        kind = "adapters"
+    elif settings.basis is None and settings.low_vram:  # which never holds the base whole, as measuring it would
+        kind = "random"
     return Origin(kind, settings.derived_rank if kind != "adapters" else 0, settings.seed if kind == "random" else 0)
 
 

@@ -281,7 +281,7 @@ def begin_file(
     elif settings.low_vram:
         raise ValueError(
             f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
-            "begin it where that fits (share-diffusion measure), or take --basis random"
+            "begin it where that fits (share-diffusion measure), or leave --basis out"
         )
     if accelerator.is_main_process:
         if not known:

@@ -157,7 +157,7 @@ def stored(subspace: Subspace) -> int:
         for path, basis in subspace.layers.items()
     )
     eight_bits = subspace.origin.eight_bits
-    columns += subspace.origin.principal.bytes // 2 if subspace.origin.principal else 0
+    columns += subspace.origin.bytes // 2
     return columns + sum(stored_bytes(concept, eight_bits) for concept in subspace.concepts.values()) // 2
 
 
