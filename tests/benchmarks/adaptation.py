@@ -30,6 +30,7 @@ from stream.plan import Measures, Plan, Training  # noqa: E402
 from stream.workbench import Workbench  # noqa: E402
 
 from share_diffusion.adapt import Adaptation, make_learner  # noqa: E402
+from share_diffusion.calibration import measured  # noqa: E402
 from share_diffusion.optimizers import decay_for  # noqa: E402
 from share_diffusion.packed import stored_bytes  # noqa: E402
 from share_diffusion.subspace import Origin, Subspace  # noqa: E402
@@ -59,7 +60,7 @@ class Way:
 
 
 def random(rank: int, p: int, targets: str = WIDE, rate: float = 1e-2, kind: str = "random") -> Way:
-    """Return the way of coefficients in a basis that costs nothing."""
+    """Return the way of coefficients in columns that are there from the start."""
     told = "" if rate == 1e-2 else f", rate {rate:g}"
     return Way(f"{kind} k {rank} p {p}{told}", targets, Adaptation("coefficients", p), Origin(kind, rank), rate)
 
@@ -67,6 +68,8 @@ def random(rank: int, p: int, targets: str = WIDE, rate: float = 1e-2, kind: str
 WAYS = (
     Way("LoRA r 8", NARROW, Adaptation("lora", rank=8)),
     Way("LoRA r 8", WIDE, Adaptation("lora", rank=8)),
+    random(48, 4, kind="activations"),
+    random(48, 2, kind="activations"),
     random(48, 4),
     random(48, 2, rate=2e-2),
     Way("gradient k 8 p 4", NARROW, Adaptation("gradient", 4, 8), rate=2e-2),
@@ -85,7 +88,8 @@ WAYS = (
 
 def learn(bench: Workbench, way: Way, concept: str) -> dict[str, Any]:
     """Learn a concept in one way and return the measured line."""
-    empty = Subspace(base=bench.identity, origin=way.origin).cover(bench.shapes, bench.weights)
+    origin = measured(bench.pipeline, bench.modules, way.origin) if way.origin.kind == "activations" else way.origin
+    empty = Subspace(base=bench.identity, origin=origin).cover(bench.shapes, bench.weights)
     directions = bench.directions(concept, {}, way.adaptation.temporary_rank, 0) if way.adaptation.looks_at_gradient else {}
     learner = make_learner(bench.modules, dict(empty.layers), way.adaptation, directions, 0)
     rates = way.rate, bench.plan.training.lora_rate
