@@ -54,12 +54,19 @@ class Side:
         return len(self.pairs)
 
     def columns(self) -> Tensor:
-        """Return the orthonormal columns (c * kh * kw, k); the first ones span what the strongest pairs span."""
-        waves = patterns(self.kernel)
-        count = waves.shape[1]
-        directions = self.directions.to(WORK)[:, self.pairs.long() // count]
-        raw = (directions[:, None] * waves[None, :, self.pairs.long() % count]).flatten(0, 1)
-        return orthonormalised(raw / raw.norm(dim=0))[0].float()
+        """Return the orthonormal columns (c * kh * kw, k); the first ones span what the strongest pairs span.
+
+        Columns of different patterns are orthogonal already, so that directions are made so pattern by pattern.
+        """
+        waves, pairs = patterns(self.kernel), self.pairs.long()
+        count, directions = waves.shape[1], self.directions.to(WORK)
+        columns = torch.zeros(len(directions), count, len(pairs))
+        for pattern in (pairs % count).unique().tolist():
+            places = (pairs % count == pattern).nonzero().flatten()
+            chosen = directions[:, pairs[places] // count]
+            frame, _ = orthonormalised(chosen / chosen.norm(dim=0))
+            columns[:, :, places] = (frame[:, None] * waves[None, :, pattern, None]).float()
+        return columns.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,17 +135,23 @@ def measured_columns(entries: list[list[Any]], tensors: dict[str, Tensor]) -> di
             if patterns > 1:
                 chosen, pair = pairs[pair : pair + columns], pair + columns
             place += channels * stored
-            sides.append(orthonormal(directions[:, chosen // patterns], cosines(*shape)[:, chosen % patterns]))
+            sides.append(orthonormal(directions, chosen, cosines(*shape)))
         if any(sizes):
             found[path] = (sides[0], sides[1])
     return found
 
 
-def orthonormal(directions: Tensor, waves: Tensor) -> Tensor:
-    """Return the columns (channels * places, k) of directions (channels, k) times waves over a kernel's places (places, k)."""
-    raw = (directions[:, None] * waves[None]).flatten(0, 1)
-    frame, triangle = torch.linalg.qr(raw / raw.norm(dim=0))
-    return (frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).float()
+def orthonormal(directions: Tensor, pairs: Tensor, waves: Tensor) -> Tensor:
+    """Return orthonormal columns (channels * places, k): pairs (k,) of a direction (channels) and a wave over the places."""
+    count = waves.shape[1]
+    columns = torch.zeros(len(directions), count, len(pairs))
+    for pattern in (pairs % count).unique().tolist():  # those of different waves are orthogonal as they are
+        places = (pairs % count == pattern).nonzero().flatten()
+        chosen = directions[:, pairs[places] // count]
+        frame, triangle = torch.linalg.qr(chosen / chosen.norm(dim=0))
+        frame = frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+        columns[:, :, places] = (frame[:, None] * waves[None, :, pattern, None]).float()
+    return columns.flatten(0, 1)
 
 
 def cosines(height: int, width: int) -> Tensor:
