@@ -101,9 +101,10 @@ def shipped(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin) -> 
 
 
 @contextmanager
-def own_pictures(pipeline: Any, count: int = PICTURES, resolution: int | None = None) -> Iterator[PictureSet]:
+def own_pictures(pipeline: Any, count: int | None = None, resolution: int | None = None) -> Iterator[PictureSet]:
     """Within the block there are pictures that the untouched base drew; picture i is drawn at seed i."""
     side = resolution or family_of(pipeline).native_resolution(pipeline)
+    count = count or PICTURES
     texts = prompts(count)
     with TemporaryDirectory() as folder:
         for start in range(0, count, BATCH):
@@ -122,7 +123,7 @@ def calibrate(
     rank: int,
     *,
     seed: int = 0,
-    batches: int = BATCHES,
+    batches: int | None = None,
     progress: Progress | None = None,
 ) -> Principal:
     """Return the measured columns of these layers, `rank` a side on average; the base is left as it was."""
@@ -133,6 +134,7 @@ def calibrate(
     ]
     freeze(pipeline)
     try:
+        batches = batches or BATCHES
         for second in (False, True):
             with ExitStack() as hooks:
                 for path, module in modules.items():

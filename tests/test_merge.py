@@ -758,7 +758,7 @@ def test_a_derived_basis_wider_than_a_layer_is_all_of_it() -> None:
 
 def test_a_cap_below_the_derived_columns_is_refused() -> None:
     """It would leave no learned column at all."""
-    assert "4 derived" in refusal(lambda: derived("random", None, {"a": draw(0)}, capacity=Capacity(rank=3)))
+    assert "4 columns that never change" in refusal(lambda: derived("random", None, {"a": draw(0)}, capacity=Capacity(rank=3)))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from share_diffusion.base import base_name, load_base
-    from share_diffusion.calibration import PICTURES, begin
+    from share_diffusion.calibration import PICTURES, begin, shipped
     from share_diffusion.models.layers import select
     from share_diffusion.subspace import Origin
 
@@ -42,14 +42,17 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.pretrained_model_name_or_path
     pipeline = load_base(name, device=device, local_files_only=arguments.local_files_only)
     modules = select(pipeline, arguments.targets, arguments.train_text_encoder)
-    print(f"{base_name(name)} draws {PICTURES} pictures of its own; then {len(modules)} of its layers are measured")
+    origin = Origin("activations", arguments.derived_rank, arguments.seed)
+    if shipped(pipeline, modules, origin):
+        print(f"the columns of {base_name(name)} come with the package: nothing has to be measured")
+    else:
+        print(f"{base_name(name)} draws {PICTURES} pictures of its own; then {len(modules)} of its layers are measured")
     with tqdm(desc="measuring", unit="pass", disable=None) as bar:
 
         def progress(done: int, whole: int) -> None:
             bar.total = whole
             bar.update(done - bar.n)
 
-        origin = Origin("activations", arguments.derived_rank, arguments.seed)
         begun = begin(arguments.file, pipeline, modules, origin, base_name(name), progress)
     assert begun.origin.principal is not None
     columns = sum(sum(begun.origin.principal.widths(path)) for path in modules)
