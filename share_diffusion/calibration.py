@@ -46,8 +46,6 @@ from share_diffusion.step import draw_step
 from share_diffusion.subspace import Origin, Subspace
 
 Progress = Callable[[int, int], None]  # (done, of all)
-BATCH = 8
-BATCHES = 16
 PICTURES = 32
 MOST = 128  # directions of one side that are looked for
 LEAST = 4  # columns of every side, whatever it sees
@@ -74,15 +72,37 @@ def prompts(count: int) -> list[str]:
     return [some[i % 64] for i in range(count)]
 
 
-def measured(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin, progress: Progress | None = None) -> Origin:
+@dataclass(frozen=True)
+class Survey:
+    """How a base is measured: `pictures` that it draws at a `resolution` (None: its own), `draws` of them in each pass."""
+
+    pictures: int = PICTURES
+    draws: int = 128
+    batch: int = 8
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if problems := [f"{name} is {getattr(self, name)}; at least 1 is needed" for name in ("pictures", "draws", "batch")
+                        if getattr(self, name) < 1]:  # fmt: skip
+            raise ValueError("; ".join(problems))
+
+
+def measured(
+    pipeline: Any,
+    modules: Mapping[str, nn.Module],
+    origin: Origin,
+    survey: Survey | None = None,
+    progress: Progress | None = None,
+) -> Origin:
     """Return an origin of kind `activations` with the columns of these layers measured on pictures that the base draws.
 
     Those of the embedded base were measured once and come with the package.
     """
     if (known := shipped(pipeline, modules, origin)) is not None:
         return known
-    with own_pictures(pipeline) as pictures:
-        found = calibrate(pipeline, modules, pictures, origin.rank, seed=origin.seed, progress=progress)
+    survey = survey or Survey()
+    with own_pictures(pipeline, survey) as pictures:
+        found = calibrate(pipeline, modules, pictures, origin.rank, survey, seed=origin.seed, progress=progress)
     return replace(origin, principal=found)
 
 
@@ -101,14 +121,13 @@ def shipped(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin) -> 
 
 
 @contextmanager
-def own_pictures(pipeline: Any, count: int | None = None, resolution: int | None = None) -> Iterator[PictureSet]:
+def own_pictures(pipeline: Any, survey: Survey) -> Iterator[PictureSet]:
     """Within the block there are pictures that the untouched base drew; picture i is drawn at seed i."""
-    side = resolution or family_of(pipeline).native_resolution(pipeline)
-    count = count or PICTURES
-    texts = prompts(count)
+    side = max(16, (survey.resolution or family_of(pipeline).native_resolution(pipeline)) // 16 * 16)
+    texts = prompts(survey.pictures)
     with TemporaryDirectory() as folder:
-        for start in range(0, count, BATCH):
-            numbers = list(range(start, min(start + BATCH, count)))
+        for start in range(0, survey.pictures, survey.batch):
+            numbers = list(range(start, min(start + survey.batch, survey.pictures)))
             drawn = generate(pipeline, [texts[n] for n in numbers], numbers, Sampling(width=side, height=side))
             for number, picture in zip(numbers, drawn, strict=True):
                 save_png(picture, Path(folder) / f"{number:05d}.png")
@@ -121,26 +140,26 @@ def calibrate(
     modules: Mapping[str, nn.Module],
     pictures: Source,
     rank: int,
+    survey: Survey | None = None,
     *,
     seed: int = 0,
-    batches: int | None = None,
     progress: Progress | None = None,
 ) -> Principal:
     """Return the measured columns of these layers, `rank` a side on average; the base is left as it was."""
     moments = {path: Moments.of(path, module, seed) for path, module in modules.items()}
-    frozen = Frozen(pipeline)
+    frozen, survey = Frozen(pipeline), survey or Survey()
+    batches = math.ceil(survey.draws / survey.batch)
     asked = [
         (p, p.requires_grad) for part in pipeline.components.values() if isinstance(part, nn.Module) for p in part.parameters()
     ]
     freeze(pipeline)
     try:
-        batches = batches or BATCHES
         for second in (False, True):
             with ExitStack() as hooks:
                 for path, module in modules.items():
                     moments[path].watch(module, hooks)
                 for index in range(batches):
-                    drawn = draw_step(pipeline, pictures, BATCH, seed + OFFSET, index)  # type: ignore[arg-type]
+                    drawn = draw_step(pipeline, pictures, survey.batch, seed + OFFSET, index)  # type: ignore[arg-type]
                     loss = denoising_loss(frozen, pipeline, pictures, drawn, pipeline.device).mean()
                     (loss * drawn.noise.numel()).backward()  # a sum: half precision would lose the mean's small gradients
                     if progress is not None:
@@ -226,7 +245,8 @@ class Moments:
             return (wanted, *given[1:])
 
         def after(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            out.register_hook(lambda gradient: self.beta.see(gradient, conv))
+            if out.requires_grad:
+                out.register_hook(lambda gradient: self.beta.see(gradient, conv))
 
         hooks.enter_context(removed(module.register_forward_pre_hook(before)))
         hooks.enter_context(removed(module.register_forward_hook(after)))
@@ -287,6 +307,7 @@ def begin(
     modules: Mapping[str, nn.Module],
     origin: Origin,
     name: str,
+    survey: Survey | None = None,
     progress: Progress | None = None,
 ) -> Subspace:
     """Write the file of an empty subspace whose columns are measured on these layers of the base called `name`.
@@ -295,5 +316,5 @@ def begin(
     """
     if os.path.lexists(file):
         raise ValueError(f"{os.fspath(file)} is there already; its columns stay as they are: choose another file")
-    begun = Subspace(base=identify(pipeline, name), origin=measured(pipeline, modules, origin, progress))
+    begun = Subspace(base=identify(pipeline, name), origin=measured(pipeline, modules, origin, survey, progress))
     return begun.cover({path: shape_of(module) for path, module in modules.items()}).save(file)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from share_diffusion.adapt import Adaptation, Learner, gradient_directions, make_learner
 from share_diffusion.attached import Attached
 from share_diffusion.basis import Basis
-from share_diffusion.calibration import measured
+from share_diffusion.calibration import Survey, measured
 from share_diffusion.capacity import Capacity
 from share_diffusion.data import Dataset, read_dataset
 from share_diffusion.learning import Denoiser, Frozen, denoising_loss, fixed_noise_loss, freeze
@@ -70,7 +70,8 @@ def adapt(
     word = trigger or default_trigger(name, instance_prompt)
     dataset = data if isinstance(data, Dataset) else read_dataset(data, trigger=word, instance_prompt=instance_prompt)
     pictures = prepare_pictures(pipeline, dataset, resolution or family_of(pipeline).native_resolution(pipeline))
-    subspace = opened(pipeline, subspace, targets, train_text_encoder)
+    survey = Survey(batch=min(batch, Survey.batch), resolution=resolution)
+    subspace = opened(pipeline, subspace, targets, train_text_encoder, survey)
     chosen = adaptation or Adaptation(mode_for(subspace))
     with learning(pipeline, subspace, pictures, chosen, targets, train_text_encoder, batch, seed) as parts:
         learner, model = parts
@@ -111,11 +112,15 @@ def measured_half_weight(model: Denoiser, pipeline: Any, pictures: PictureSet, b
 
 
 def opened(
-    pipeline: Any, subspace: Subspace | None = None, targets: str = TARGETS, train_text_encoder: bool = True
+    pipeline: Any,
+    subspace: Subspace | None = None,
+    targets: str = TARGETS,
+    train_text_encoder: bool = True,
+    survey: Survey | None = None,
 ) -> Subspace:
     """Return a subspace (an empty one for None) with a basis for every layer that is to be adapted.
 
-    An empty one whose origin is `activations` and has no columns yet is measured on the base.
+    An empty one whose origin is `activations` and has no columns yet is measured on the base, as `survey` says.
     """
     modules = select(pipeline, targets, train_text_encoder)
     identity = identify(pipeline, Path(str(getattr(pipeline.config, "_name_or_path", ""))).name or "base")
@@ -123,7 +128,7 @@ def opened(
     if mismatch := held.base.mismatch(identity):
         raise ValueError(f"wrong base: {mismatch}; load that base")
     if held.origin.kind == "activations" and held.origin.principal is None:
-        held = replace(held, origin=measured(pipeline, modules, held.origin))
+        held = replace(held, origin=measured(pipeline, modules, held.origin, survey))
     weights = {path: weight_of(module) for path, module in modules.items()}
     return held.cover({path: shape_of(module) for path, module in modules.items()}, weights)
 

@@ -13,6 +13,7 @@ from share_diffusion.calibration import (
     SHIPPED,
     STORED,
     Spectrum,
+    Survey,
     calibrate,
     choose,
     measured,
@@ -34,7 +35,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def pictures(tiny):
-    with own_pictures(tiny, 4) as drawn:
+    with own_pictures(tiny, Survey(4)) as drawn:
         yield drawn
 
 
@@ -135,8 +136,8 @@ def test_measuring_leaves_the_base_as_it_was_and_gives_the_same_twice(tiny, pict
     before = {path: module.weight.clone() for path, module in modules.items()}
     asked = [parameter.requires_grad for parameter in tiny.unet.parameters()]
     seen = []
-    one = calibrate(tiny, modules, pictures, 8, batches=2, progress=lambda done, whole: seen.append((done, whole)))
-    assert calibrate(tiny, modules, pictures, 8, batches=2).digest == one.digest
+    one = calibrate(tiny, modules, pictures, 8, Survey(draws=16), progress=lambda done, whole: seen.append((done, whole)))
+    assert calibrate(tiny, modules, pictures, 8, Survey(draws=16)).digest == one.digest
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(torch.equal(before[path], module.weight) for path, module in modules.items())
     assert asked == [parameter.requires_grad for parameter in tiny.unet.parameters()]
@@ -148,7 +149,7 @@ def test_measuring_leaves_the_base_as_it_was_and_gives_the_same_twice(tiny, pict
 def test_measured_columns_hold_more_of_inputs_and_gradients_than_columns_of_a_seed(tiny, pictures):
     """On other draws than those that were measured."""
     modules = {path: module for path, module in select(tiny, "attention+ff+conv", True).items() if "mid_block" in path}
-    found = calibrate(tiny, modules, pictures, 24, batches=4)
+    found = calibrate(tiny, modules, pictures, 24, Survey(draws=32))
     energies = {}
 
     def look(path, which, values, conv):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from share_diffusion import calibration
 from share_diffusion.__main__ import main
 from share_diffusion.base import load_base
 from share_diffusion.drawing import read_settings
@@ -188,7 +187,7 @@ def test_doctor_names_what_is_there(capsys):
     assert "base tiny      present" in said
 
 
-def test_measure_begins_a_file_and_never_touches_one_that_is_there(tmp_path, monkeypatch, capsys):
+def test_measure_begins_a_file_and_never_touches_one_that_is_there(tmp_path, capsys):
     file = tmp_path / "new file.safetensors"
     assert main(["measure", str(file)]) == 0
     assert "come with the package" in capsys.readouterr().out
@@ -198,10 +197,9 @@ def test_measure_begins_a_file_and_never_touches_one_that_is_there(tmp_path, mon
     assert main(["measure", str(file)]) == 1
     assert "is there already" in capsys.readouterr().err
     assert file.read_bytes() == before
-    monkeypatch.setattr(calibration, "PICTURES", 2)
-    monkeypatch.setattr(calibration, "BATCHES", 1)
-    other = tmp_path / "few.safetensors"
-    assert main(["measure", str(other), "--derived_rank", "6", "--targets", "attention", "--no-train_text_encoder"]) == 0
+    other, few = tmp_path / "few.safetensors", ["--pictures", "2", "--draws", "4", "--batch", "2", "--gradient_checkpointing"]
+    words = ["--derived_rank", "6", "--targets", "attention", "--no-train_text_encoder", *few]
+    assert main(["measure", str(other), *words]) == 0
     said = capsys.readouterr().out
     assert "pictures of its own" in said
     few = Subspace.load(other)
@@ -209,6 +207,7 @@ def test_measure_begins_a_file_and_never_touches_one_that_is_there(tmp_path, mon
     columns = sum(sum(few.origin.principal.widths(layer)) for layer in few.layers)
     assert f"{columns:,} columns" in said
     assert columns <= 6 * 2 * len(few.layers)
-    for words in (["measure", str(tmp_path / "no" / "x")], ["measure", str(tmp_path / "y"), "--derived_rank", "0"]):
-        assert main(words) == 1
+    bad = [str(tmp_path / "no" / "x")], [str(tmp_path / "y"), "--derived_rank", "0"], [str(tmp_path / "y"), "--batch", "0"]
+    for words in bad:
+        assert main(["measure", *words]) == 1
         assert capsys.readouterr().err.startswith("error: ")

@@ -134,6 +134,9 @@ def begin(settings: SequenceSettings, file: Path) -> None:
     """Begin the file with columns measured on its base, in a process of its own, which leaves the device to the others."""
     words = ["--base", settings.pretrained_model_name_or_path, "--targets", settings.targets]
     words += ["--derived_rank", str(settings.derived_rank), *(["--local_files_only"] if settings.local_files_only else [])]
+    words += ["--batch", str(min(settings.train_batch_size, 8))]
+    words += ["--resolution", str(settings.resolution)] if settings.resolution else []
+    words += ["--gradient_checkpointing"] if settings.gradient_checkpointing else []
     words += [] if settings.train_text_encoder else ["--no-train_text_encoder"]
     if subprocess.run([sys.executable, "-m", "share_diffusion", "measure", str(file), *words], check=False).returncode:
         raise ValueError(f"{file} could not be begun; what is wrong stands above")

@@ -20,7 +20,7 @@ from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
 from share_diffusion.buckets import batches_in_epoch
 from share_diffusion.cache import Cache
-from share_diffusion.calibration import PICTURES, begin, shipped
+from share_diffusion.calibration import Survey, begin, shipped
 from share_diffusion.class_pictures import class_folder, draw_class
 from share_diffusion.data import Dataset, join_datasets, read_dataset
 from share_diffusion.learning import Frozen, denoising_loss, freeze
@@ -284,11 +284,16 @@ def begin_file(
             "begin it where that fits (share-diffusion measure), or leave --basis out"
         )
     if accelerator.is_main_process:
+        survey = Survey(batch=min(settings.train_batch_size, Survey.batch), resolution=settings.resolution)
         if not known:
-            accelerator.print(f"{file} is new: its columns are measured once, on {PICTURES} pictures that the base draws")
+            accelerator.print(
+                f"{file} is new: its columns are measured once, on {survey.pictures} pictures that the base draws"
+            )
+            if settings.gradient_checkpointing:
+                checkpoint_gradients(pipeline)
         file.parent.mkdir(parents=True, exist_ok=True)
         with accelerator.autocast():
-            begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path))
+            begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path), survey)
     accelerator.wait_for_everyone()
 
 

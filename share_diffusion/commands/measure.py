@@ -19,6 +19,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-train_text_encoder", dest="train_text_encoder", action="store_false")
     parser.add_argument("--derived_rank", type=int, default=48, help="columns a side on average (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, help="side of the pictures that it draws (default: the base's own)")
+    parser.add_argument("--pictures", type=int, default=32, help="how many it draws (default: %(default)s)")
+    parser.add_argument(
+        "--draws", type=int, default=128, help="how many it is shown in each of two passes (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="how many at once (default: %(default)s)")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -34,26 +41,30 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from share_diffusion.base import base_name, load_base
-    from share_diffusion.calibration import PICTURES, begin, shipped
+    from share_diffusion.calibration import Survey, begin, shipped
+    from share_diffusion.memory import checkpoint_gradients
     from share_diffusion.models.layers import select
     from share_diffusion.subspace import Origin
 
+    survey = Survey(arguments.pictures, arguments.draws, arguments.batch, arguments.resolution)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = arguments.pretrained_model_name_or_path
     pipeline = load_base(name, device=device, local_files_only=arguments.local_files_only)
+    if arguments.gradient_checkpointing:
+        checkpoint_gradients(pipeline)
     modules = select(pipeline, arguments.targets, arguments.train_text_encoder)
     origin = Origin("activations", arguments.derived_rank, arguments.seed)
     if shipped(pipeline, modules, origin):
         print(f"the columns of {base_name(name)} come with the package: nothing has to be measured")
     else:
-        print(f"{base_name(name)} draws {PICTURES} pictures of its own; then {len(modules)} of its layers are measured")
+        print(f"{base_name(name)} draws {survey.pictures} pictures of its own; then {len(modules)} of its layers are measured")
     with tqdm(desc="measuring", unit="pass", disable=None) as bar:
 
         def progress(done: int, whole: int) -> None:
             bar.total = whole
             bar.update(done - bar.n)
 
-        begun = begin(arguments.file, pipeline, modules, origin, base_name(name), progress)
+        begun = begin(arguments.file, pipeline, modules, origin, base_name(name), survey, progress)
     assert begun.origin.principal is not None
     columns = sum(sum(begun.origin.principal.widths(path)) for path in modules)
     print(
