@@ -150,9 +150,10 @@ def method_table(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
         )
     note = (
         "Score: share of the own LoRA's gain in held-out loss, mean over all concepts after the last one. Judge: the share of "
-        "pictures that show the concept, relative to the own LoRAs' share. Bytes count basis, coefficients and names in "
-        "half precision; a derived basis is drawn from a seed or from the base and stored nowhere. Steps to 95 %: the median "
-        "over concepts after the first, at the watched steps of a decaying learning rate; empty where most never get there."
+        "pictures that show the concept, relative to the own LoRAs' share. Bytes count basis, coefficients and names: in "
+        "half precision, columns measured on the base in four bits and coefficients in such columns or in those of a seed in "
+        "eight; columns drawn from a seed or taken from the base's weights are stored nowhere. Steps to 95 %: the median over "
+        "concepts after the first, at the watched steps of a decaying learning rate; empty where most never get there."
     )
     return "\n".join(out) + "\n\n" + note
 
