@@ -164,12 +164,24 @@ def calibrate(
                     (loss * drawn.noise.numel()).backward()  # a sum: half precision would lose the mean's small gradients
                     if progress is not None:
                         progress(int(second) * batches + index + 1, 2 * batches)
+            refuse_broken(moments)
             for entry in moments.values():
                 entry.turn()
     finally:
         for parameter, wanted in asked:
             parameter.requires_grad_(wanted)
     return choose({path: (entry.alpha, entry.beta) for path, entry in moments.items()}, rank)
+
+
+def refuse_broken(moments: Mapping[str, Moments]) -> None:
+    """Raise ValueError where a layer saw numbers that are not finite."""
+    sides = {path: (entry.alpha.total, entry.beta.total) for path, entry in moments.items()}
+    broken = [path for path, pair in sides.items() if any(total is not None and not total.isfinite().all() for total in pair)]
+    if broken:
+        raise ValueError(
+            f"measuring the base gave numbers that are not finite in {len(broken)} of {len(moments)} layers, {broken[0]} the "
+            "first; use float32 or bf16 (--mixed_precision)"
+        )
 
 
 @dataclass

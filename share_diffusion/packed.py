@@ -8,8 +8,9 @@ column's scale (in units of sqrt(norm)) stretches; the largest of a column is al
 rounding again gives the same bits. Rounding to 8 bits costs some 0.00007 of a concept's energy, which `settled` takes off
 its retention.
 
-8 bits are for bases that a seed or the base's weights give: there a file is nothing but coefficients. Where columns are
-learned they take most of a file, a merge may rotate the coefficients again and again, and half precision costs little.
+8 bits are for columns that never change, of a seed, the base's weights or measurements: there a file is mostly coefficients.
+Where columns are learned they take most of a file, a merge may rotate the coefficients again and again, and half precision
+costs little.
 """
 
 from __future__ import annotations

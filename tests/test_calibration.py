@@ -146,6 +146,15 @@ def test_measuring_leaves_the_base_as_it_was_and_gives_the_same_twice(tiny, pict
     assert set(one.sides) == set(modules)
 
 
+def test_a_base_that_gives_nan_is_told_by_its_layer(pictures):
+    broken = load_base("tiny")
+    modules = {path: module for path, module in select(broken, "attention", False).items() if "mid_block" in path}
+    broken.unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite in \d+ of \d+ layers, unet\.mid_block"):
+        calibrate(broken, modules, pictures, 8, Survey(draws=8))
+    assert not any(module._forward_hooks for module in modules.values())
+
+
 def test_measured_columns_hold_more_of_inputs_and_gradients_than_columns_of_a_seed(tiny, pictures):
     """On other draws than those that were measured."""
     modules = {path: module for path, module in select(tiny, "attention+ff+conv", True).items() if "mid_block" in path}

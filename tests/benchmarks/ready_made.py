@@ -2,7 +2,8 @@
 
     python tests/benchmarks/ready_made.py
 
-The file was learned, without weight decay and with starting columns of norm 1 (the defaults of the day), by
+The file was learned in columns of a seed (now `--basis random`), without weight decay and with starting columns of norm 1, the
+defaults of the day, by
 
     python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --workers 2 --no-sheet
 
