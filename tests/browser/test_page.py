@@ -67,8 +67,8 @@ def test_first_draw(view, server):
     assert len(pictures(server)) == before + 1
     assert read_settings(pictures(server)[-1])["prompt"] == "a red house on a beach"
     view.wait_for_selector("#canvas img")
-    assert view.locator("#newer").is_disabled()  # nothing to turn to
-    assert view.locator("#older").is_disabled() == (before < 18)
+    view.wait_for_selector("#newer[disabled]")  # nothing to turn to
+    view.wait_for_selector("#older[disabled]" if before < 18 else "#older:not([disabled])")
 
 
 def test_a_blend_of_two_from_cards_sliders_and_text(view, server):
