@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,7 +111,7 @@ def shipped(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin) -> 
     """Return the origin with the columns that come with the package, where they are those of this base and these layers."""
     if not SHIPPED.is_file():
         return None
-    held, ours = Subspace.load(SHIPPED), identify(pipeline)
+    held, ours = package_columns(), identify(pipeline)
     alike = held.base.architecture == ours.architecture and bool(ours.weights) and held.base.mismatch(ours) is None
     known = held.origin.principal
     if not alike or known is None or held.origin.facts | {"digest": ""} != origin.facts | {"digest": ""}:
@@ -118,6 +119,12 @@ def shipped(pipeline: Any, modules: Mapping[str, nn.Module], origin: Origin) -> 
     if not set(modules) <= set(known.sides):
         return None
     return replace(origin, principal=Principal({path: known.sides[path] for path in modules}))
+
+
+@cache
+def package_columns() -> Subspace:
+    """Return the file of columns that comes with the package; a run asks for it several times."""
+    return Subspace.load(SHIPPED)
 
 
 @contextmanager
