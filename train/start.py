@@ -273,17 +273,17 @@ def begin_file(
     It is written before anything trains, so that a run that is resumed, other processes and other machines have the same
     columns. A dry run does without.
     """
-    if (origin := origin_of(settings)).kind != "activations" or file.exists() or settings.dry_run:
+    if (origin := origin_of(settings)).kind != "activations" or settings.dry_run:
         return
-    if known := shipped(pipeline, modules, origin):
-        if not settings.patch:
-            return
-    elif settings.low_vram:
+    known = shipped(pipeline, modules, origin)
+    if known and not settings.patch:
+        return
+    if settings.low_vram and not known and not file.exists():
         raise ValueError(
             f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
             "begin it where that fits (share-diffusion measure), or leave --basis out"
         )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not file.exists():  # the others may look when it is there already, and wait all the same
         survey = Survey(batch=min(settings.train_batch_size, Survey.batch), resolution=settings.resolution)
         if not known:
             accelerator.print(
