@@ -23,6 +23,8 @@ from share_diffusion.loudness import evened
 from share_diffusion.methods import drop_out, elect, equalise, linear, trim, tsv
 from share_diffusion.regions import area
 
+NARROW = (16, 64, 256)  # columns that tokens go through: the first that is no less than the ranks of all that acts
+
 Columns = tuple[tuple[Region | str | None, ...], ...]
 Blocks = tuple[tuple[str, float], ...] | None
 
@@ -111,8 +113,22 @@ class Active:
 
     def layers(self, moment: Moment) -> set[str]:
         """Return the layers that anything acts on at a moment."""
-        acting = {u for columns in moment.weights for column in columns for u, weight in enumerate(column) if weight}
-        return set().union(*(self.touched[u] for u in acting))
+        return set().union(*(self.touched[u] for u in self.acting(moment)))
+
+    def acting(self, moment: Moment) -> set[int]:
+        """Return the rows that act anywhere at a moment."""
+        return {u for columns in moment.weights for column in columns for u, weight in enumerate(column) if weight}
+
+    def rank(self, moment: Moment) -> int | None:
+        """Return a bound on the rank of all of a layer's cores together at a moment, None where nothing is known of it.
+
+        It is one of a few steps and not exact, so that shapes, and what was compiled for them, stay when a slider moves.
+        """
+        if any(blend.method is not None and blend.method.name in ("ties", "dare", "tsv") for blend in self.blends):
+            return None  # they merge entry by entry
+        names = [name for name, _, _ in self.keys]
+        ranks = sum(self.table.subspace[names[u]].pseudo_rank for u in self.acting(moment))
+        return next((step for step in NARROW if ranks <= step), None)
 
     def shares(self, moment: Moment) -> Tensor:
         """Return the share of the picture of every column, (S, C)."""

@@ -12,6 +12,7 @@ model to the last bit by putting the wrapped layers back. Setting a blend change
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -120,33 +121,50 @@ class AttachedSubspace(Attached):
             return
         start, stop = (0, self.table.text) if part == TEXT else (self.table.text, self.table.width)
         cores, acting = self.active.flat(moment, start, stop), self.active.layers(moment)
-        updates: dict[str, Update] = {}
+        rank, updates = self.active.rank(moment), {}
         if moment.regional:
             shares = self.active.shares(moment)
             self.field = Field(moment.columns, self.active.masks, shares)
             words = {path for path in acting if sees_text(path)}
-            updates |= self.updates((shares[..., None] * cores).sum(1, keepdim=True), words, index, start)
-            updates |= self.updates(cores, acting - words, index, start, self.field)
+            updates |= self.updates((shares[..., None] * cores).sum(1, keepdim=True), words, rank, index, start)
+            updates |= self.updates(cores, acting - words, rank, index, start, self.field)
         else:
-            updates |= self.updates(cores, acting, index, start)
+            updates |= self.updates(cores, acting, rank, index, start)
         for path, layer in self.layers.items():
             if path.startswith(TEXT) == (part == TEXT):
                 layer.set([updates[path]] if path in updates else ())
         self.shown[part] = key
 
     def updates(
-        self, cores: Tensor, acting: set[str], index: Tensor | None, start: int, where: Field | None = None
+        self,
+        cores: Tensor,
+        acting: set[str],
+        rank: int | None,
+        index: Tensor | None,
+        start: int,
+        where: Field | None = None,
     ) -> dict[str, Update]:
-        """Return the updates of some layers from cores (S, C, N), on the layers' devices and in their precision."""
+        """Return the updates of some layers from cores (S, C, N), on the layers' devices and in their precision.
+
+        What all samples and places share of their cores is multiplied into the bases here, once, so that a layer's tokens
+        go through few columns (`rank`, a bound on all cores together) and not through all that its bases have.
+        """
         if len(cores) > 1 and index is not None:
             cores = cores[index]
         found: dict[str, Update] = {}
-        for like in {(basis.alpha.dtype, basis.alpha.device): basis.alpha for basis in self.bases.values()}.values():
-            for path, core in self.table.split(cores.to(like), start):
-                basis = self.bases[path]
-                if path in acting and (basis.alpha.dtype, basis.alpha.device) == (like.dtype, like.device):
-                    middle = core.flatten(1, 2)
-                    found[path] = Update(basis.alpha, (middle if len(middle) > 1 else middle[0],), basis.beta, where)
+        sides = {path: self.bases[path] for path in acting}
+        for like in {(base.alpha.dtype, base.alpha.device): base.alpha for base in sides.values()}.values():
+            kind = like.dtype, like.device
+            mine = {path: base for path, base in sides.items() if (base.alpha.dtype, base.alpha.device) == kind}
+            if cores.shape[:2] == (1, 1):
+                narrowed = self.table.narrowed(cores[0, 0], rank, start, like)
+                found |= {path: folded(mine[path], left, right) for path, left, right in narrowed if path in mine}
+            else:
+                for path, left, rest in self.table.framed(cores, rank, start, like):
+                    if path in mine:
+                        middle = rest.flatten(1, 2)
+                        sides = folded(mine[path], left, None)
+                        found[path] = replace(sides, middle=(middle if len(middle) > 1 else middle[0],), where=where)
         return found
 
     def watch(self) -> None:
@@ -185,6 +203,15 @@ class AttachedSubspace(Attached):
         super().detach()
         self.hooks, self.bases, self.blends = [], {}, [Blend()]
         self.active, self.field, self.shown = Active(self.blends, self.table, {}), None, {}
+
+
+def folded(basis: Update, left: Tensor | None, right: Tensor | None) -> Update:
+    """Return a basis with a core's factors left (k, r) and right (r, k') multiplied into its sides; None is the identity.
+
+    The input side is laid out by columns: CPU libraries multiply tokens by a few such columns faster.
+    """
+    alpha = basis.alpha if left is None else (left.mT @ basis.alpha.mT).mT
+    return Update(alpha, (), basis.beta if right is None else basis.beta @ right.mT)
 
 
 def attach(pipeline: Any, subspace: Subspace, *, strict: bool = True) -> AttachedSubspace:

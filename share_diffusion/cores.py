@@ -81,11 +81,65 @@ class CoreTable:
 
     def split(self, flat: Tensor, start: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer with its (..., k, k') of a flat tensor (..., N); `start` is where the flat tensor begins."""
+        for stack, cores in self.parts(flat, start):
+            yield from zip(stack.layers, cores.unbind(-3), strict=True)
+
+    def narrowed(
+        self, flat: Tensor, rank: int | None, start: int, like: Tensor
+    ) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+        """Yield each layer with its (k, k') of a flat tensor (N) as left (k, r) @ right (r, k'), r as small as may be.
+
+        `rank` bounds the rank of every core, None where nothing is known of it. A factor that would be the identity is None.
+        """
+        for stack, cores in self.parts(flat, start):
+            sides = tuple(None if side is None else side.to(like) for side in narrow(cores, rank))
+            for index, layer in enumerate(stack.layers):
+                left, right = (None if side is None else side[index] for side in sides)
+                yield layer, left, right
+
+    def framed(self, flat: Tensor, rank: int | None, start: int, like: Tensor) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+        """Yield each layer with its (..., k, k') of a flat tensor (..., N) as one left (k, r) for all, and (..., r, k').
+
+        `rank` bounds the rank of the span of all of a layer's cores, None where nothing is known of it; a left factor that
+        would be the identity is None.
+        """
+        for stack, cores in self.parts(flat, start):
+            left, rest = frame(cores, rank)
+            left, rest = None if left is None else left.to(like), rest.to(like)
+            for index, layer in enumerate(stack.layers):
+                yield layer, None if left is None else left[index], rest[..., index, :, :]
+
+    def parts(self, flat: Tensor, start: int) -> Iterator[tuple[Stack, Tensor]]:
+        """Yield the stacks that a flat tensor (..., N) holds from `start` on, with their cores (..., layers, k, k')."""
         for stack in self.stacks:
             if start <= stack.start < start + flat.shape[-1]:
                 part = flat[..., stack.start - start : stack.stop - start]
-                every = part.unflatten(-1, (len(stack.layers), *stack.shape)).unbind(-3)
-                yield from zip(stack.layers, every, strict=True)
+                yield stack, part.unflatten(-1, (len(stack.layers), *stack.shape))
+
+
+def narrow(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return cores (layers, k, k') as left (layers, k, r) @ right (layers, r, k'), exact to rounding; None is the identity."""
+    k, other = cores.shape[-2:]
+    if rank is None or rank >= min(k, other):
+        return (cores, None) if other <= k else (None, cores)
+    return frame(cores, rank)
+
+
+def frame(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor]:
+    """Return cores (..., layers, k, k') as left (layers, k, r) @ rest (..., layers, r, k'), exact to rounding.
+
+    `rank` bounds the rank of all of a layer's cores side by side, C (k, n). Where it is below k, left is an orthonormal
+    basis Q of C @ omega with r random columns omega, which spans what C spans (Halko, Martinsson and Tropp 2011, section 4),
+    and the rest is Q.T @ C; otherwise left is the identity, told as None.
+    """
+    if rank is None or rank >= cores.shape[-2]:
+        return None, cores
+    double = cores.double()
+    beside = double.flatten(0, -4) if cores.ndim > 3 else double[None]  # (M, layers, k, k')
+    beside = beside.permute(1, 2, 0, 3).flatten(2)
+    omega = torch.randn(beside.shape[-1], rank, generator=torch.Generator().manual_seed(0), dtype=double.dtype)
+    left = torch.linalg.qr(beside @ omega).Q
+    return left, left.mT @ double
 
 
 def stacked(ranks: Mapping[str, tuple[int, int]]) -> Iterator[Stack]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from share_diffusion.attached import attach
 from share_diffusion.blend import Blend
+from share_diffusion.cores import frame, narrow
 from share_diffusion.layer import ShareConv, ShareLinear, Update
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.identity import identify
@@ -376,23 +377,75 @@ def adapter_state(entries: dict[str, Factors]) -> dict[str, Tensor]:
     return state
 
 
-def test_what_is_active_is_linear_and_has_no_order(handle: Any) -> None:
-    def cores(blend: str) -> dict[str, Tensor]:
-        handle.set_blend(blend)
-        return {path: layer.updates[0].middle[0].clone() for path, layer in handle.layers.items() if layer.updates}
+def dense(update: Update) -> Tensor:
+    """What a shared update adds to a layer's weight, (out, in)."""
+    assert update.middle == ()
+    return update.beta @ update.alpha.mT
 
-    one, other, both = cores("ink:0.3"), cores("neon:-2"), cores("ink:0.3 + neon:-2")
-    turned, doubled = cores("neon:-2 + ink:0.3"), cores("ink:0.6 + neon:-4")
-    for path, core in both.items():
-        torch.testing.assert_close(core, one[path] + other[path])
-        torch.testing.assert_close(core, turned[path])
-        torch.testing.assert_close(2 * core, doubled[path])
-    subspace_cores = handle.subspace.blend({"ink": 0.3, "neon": -2.0})
-    for path, core in subspace_cores.items():
-        torch.testing.assert_close(both[path], core.T, atol=1e-5, rtol=1e-5)
-    with_zero = cores("ink:0.3 + neon:0[region=left][steps=0..0.5] + flat:0[blocks=mid]")
+
+@pytest.mark.parametrize("narrow", [3, 4, 5])
+def test_a_shared_blend_goes_through_few_columns(handle: Any, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("share_diffusion.active.NARROW", (narrow,))
+    assert {name: handle.subspace[name].pseudo_rank for name in ("ink", "neon")} == {"ink": 2, "neon": 2}
+    for blend, fits in (("ink", True), ("ink:0.5 + neon:-1", narrow >= 4), ("ink | ties", False)):
+        handle.set_blend(blend)
+        for path, layer in handle.layers.items():
+            most = min(handle.subspace.layers[path].rank)
+            for update in layer.updates:
+                assert update.alpha.shape[1] == update.beta.shape[1] == (min(narrow, most) if fits else most)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 5), (2, 5, 9), (1, 6, 6)])
+@pytest.mark.parametrize("rank", [None, 2, 4, 5, 50])
+def test_a_narrowed_core_is_the_core(shape: tuple[int, int, int], rank: int | None) -> None:
+    cores = cores_of_rank(rank or 50, *shape)
+    left, right = narrow(cores, rank)
+    whole = [torch.eye(size, dtype=torch.float64).expand(shape[0], -1, -1) for size in shape[1:]]
+    left, right = (whole[0] if left is None else left.double()), (whole[1] if right is None else right.double())
+    torch.testing.assert_close((left @ right).float(), cores, atol=1e-6, rtol=1e-6)
+    assert left.shape[2] == right.shape[1] == min(rank or 50, *shape[1:])
+
+
+@pytest.mark.parametrize("rank", [None, 4, 8, 9])
+def test_one_frame_serves_samples_and_regions(rank: int | None) -> None:
+    cores = torch.stack([cores_of_rank(2, 3, 9, 5, seed) for seed in range(4)]).unflatten(0, (2, 2))
+    left, rest = frame(cores, rank)
+    if rank is None or rank >= 9:
+        assert left is None
+        assert rest is cores
+    else:
+        assert left is not None
+        assert left.shape == (3, 9, rank)
+        within = rank >= 8  # four cores of rank 2
+        error = (left @ rest - cores).norm() / cores.norm()
+        assert error < 1e-6 if within else error > 0.1
+
+
+def cores_of_rank(rank: int, layers: int, k: int, other: int, seed: int = 0) -> Tensor:
+    """Random cores (layers, k, k'), that of the first layer zero."""
+    generator, within = torch.Generator().manual_seed(seed), min(rank, k, other)
+    cores = torch.randn(layers, k, within, generator=generator) @ torch.randn(layers, within, other, generator=generator)
+    cores[0] = 0
+    return cores
+
+
+def test_what_is_active_is_linear_and_has_no_order(handle: Any) -> None:
+    def updates(blend: str) -> dict[str, Tensor]:
+        handle.set_blend(blend)
+        return {path: dense(*layer.updates) for path, layer in handle.layers.items() if layer.updates}
+
+    one, other, both = updates("ink:0.3"), updates("neon:-2"), updates("ink:0.3 + neon:-2")
+    turned, doubled = updates("neon:-2 + ink:0.3"), updates("ink:0.6 + neon:-4")
+    cores = handle.subspace.blend({"ink": 0.3, "neon": -2.0})
+    for path, update in both.items():
+        basis, tolerance = handle.subspace.layers[path], 1e-6 * float(update.norm())
+        same_sum = (one[path] + other[path], turned[path], doubled[path] / 2, basis.beta @ cores[path] @ basis.alpha.mT)
+        for expected in same_sum:
+            torch.testing.assert_close(update, expected, atol=tolerance, rtol=1e-5)
+    assert cores.keys() == both.keys()
+    with_zero = updates("ink:0.3 + neon:0[region=left][steps=0..0.5] + flat:0[blocks=mid]")
     assert with_zero.keys() == one.keys()
-    assert all(torch.equal(core, one[path]) for path, core in with_zero.items())
+    assert all(torch.equal(update, one[path]) for path, update in with_zero.items())
 
 
 @pytest.mark.slow

@@ -420,10 +420,11 @@ def test_block_groups_and_merge_methods_are_exported_as_they_act():
     with attach(pipeline, subspace) as handle:
         handle.set_blend(text)
         for path, layer in handle.layers.items():
-            acting = [update.middle[0].mT for update in layer.updates]
-            assert (path in cores) == bool(acting)
-            if acting:
-                torch.testing.assert_close(cores[path], acting[0])
+            assert (path in cores) == bool(layer.updates)
+            for update in layer.updates:
+                basis = subspace.layers[path]
+                dense = update.beta @ update.alpha.mT
+                torch.testing.assert_close(basis.beta @ cores[path] @ basis.alpha.mT, dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["ink[steps=0.2..1]", "owl + ink:0.5[region=left]"])

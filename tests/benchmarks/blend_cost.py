@@ -3,8 +3,9 @@
     python tests/benchmarks/blend_cost.py
 
 Setting is measured on `tiny` and at SDXL's true shapes (736 layers without weights, basis rank 16), with eight concepts;
-the forward on `tiny`'s denoiser with guidance, batch 2 x 4, and on two transformer blocks of SDXL's (width 640, 32 x 32
-places). Times are the process's own seconds on one thread, the least of several rounds that take turns.
+the forward on `tiny`'s denoiser with guidance, batch 2 x 4, in bases of rank 16 and in the columns that a new file starts
+from (up to 459 a side), and on two transformer blocks of SDXL's (width 640, 32 x 32 places). Times are the process's own
+seconds on one thread, the least of several rounds that take turns.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import nn
 
 from share_diffusion.attached import AttachedSubspace, attach
 from share_diffusion.base import load_base
+from share_diffusion.calibration import measured
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.models.identity import identify
 from share_diffusion.models.layers import select, shape_of
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Origin, Subspace
 
 RESULT = Path(__file__).parent / "results" / "blend_cost.json"
 CONCEPTS, RANK, BASIS_RANK = 8, 4, 16
@@ -44,6 +47,23 @@ def subspace_of(sizes: dict[str, tuple[int, int]]) -> Subspace:
 
     capacity = Capacity(retain=None, rank=BASIS_RANK)
     return Subspace.fit({f"c{number}": lora() for number in range(CONCEPTS)}, capacity=capacity)
+
+
+def in_measured_columns(pipeline: Any) -> Subspace:
+    """Return a subspace of random concepts in the columns that a new file of `tiny` starts from."""
+    modules, generator = select(pipeline, "attention+ff+conv"), torch.Generator().manual_seed(0)
+    shapes = {path: shape_of(module) for path, module in modules.items()}
+    origin = measured(pipeline, modules, Origin("activations", 48))
+    empty = Subspace(base=identify(pipeline, "tiny"), origin=origin).cover(shapes)
+
+    def lora() -> LoRA:
+        layers = {}
+        for path, basis in empty.layers.items():
+            alpha, beta = (0.05 * torch.randn(columns, RANK, generator=generator) for columns in basis.rank)
+            layers[path] = Factors(basis.beta @ beta, (basis.alpha @ alpha).mT.contiguous(), empty.kernels.get(path))
+        return LoRA(layers)
+
+    return empty.merge({f"c{number}": lora() for number in range(CONCEPTS)})
 
 
 def empty_model(sizes: dict[str, tuple[int, int]]) -> Any:
@@ -116,10 +136,11 @@ def forward(handle: AttachedSubspace, run: Callable[[], Any], rounds: int) -> di
     }
 
 
-def tiny_forward() -> tuple[AttachedSubspace, Callable[[], Any]]:
+def tiny_forward(measured_columns: bool = False) -> tuple[AttachedSubspace, Callable[[], Any]]:
     """Return a subspace on `tiny` and a call of its denoiser."""
     pipeline = load_base("tiny")
-    handle = attach(pipeline, subspace_of({path: shape_of(module)[0] for path, module in select(pipeline).items()}))
+    sizes = {path: shape_of(module)[0] for path, module in select(pipeline).items()}
+    handle = attach(pipeline, in_measured_columns(pipeline) if measured_columns else subspace_of(sizes))
     sample, states = torch.randn(8, 8, 16, 16), torch.randn(8, 32, pipeline.unet.config.cross_attention_dim)
     return handle, lambda: pipeline.unet(sample, torch.tensor(500), states)
 
@@ -143,7 +164,8 @@ def large_forward() -> tuple[AttachedSubspace, Callable[[], Any]]:
             return tokens
 
     pipeline = SimpleNamespace(unet=Blocks().eval())
-    handle = attach(pipeline, subspace_of({path: shape_of(module)[0] for path, module in select(pipeline).items()}))
+    sizes = {path: shape_of(module)[0] for path, module in select(pipeline, r"attn\d\.to_").items()}
+    handle = attach(pipeline, subspace_of(sizes))
     sample, states = torch.randn(2, 640, 32, 32), torch.randn(2, 77, 2048)
     return handle, lambda: pipeline.unet(sample, torch.tensor(500), states)
 
@@ -154,6 +176,9 @@ def main() -> None:
     handle, run = tiny_forward()
     result["set_tiny"] = setting(handle)
     result["forward_tiny"] = forward(handle, run, 12)
+    handle, run = tiny_forward(measured_columns=True)
+    result["set_tiny_measured"] = setting(handle)
+    result["forward_tiny_measured"] = forward(handle, run, 12)
     handle, run = large_forward()
     result["forward_sdxl_blocks"] = forward(handle, run, 4)
     sizes = shapes()
