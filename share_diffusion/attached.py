@@ -163,8 +163,8 @@ class AttachedSubspace(Attached):
                 for path, left, rest in self.table.framed(cores, rank, start, like):
                     if path in mine:
                         middle = rest.flatten(1, 2)
-                        sides = folded(mine[path], left, None)
-                        found[path] = replace(sides, middle=(middle if len(middle) > 1 else middle[0],), where=where)
+                        framed = folded(mine[path], left, None)
+                        found[path] = replace(framed, middle=(middle if len(middle) > 1 else middle[0],), where=where)
         return found
 
     def watch(self) -> None:

@@ -448,6 +448,18 @@ def test_what_is_active_is_linear_and_has_no_order(handle: Any) -> None:
     assert all(torch.equal(update, one[path]) for path, update in with_zero.items())
 
 
+def test_every_layer_is_given_its_own_precision(original: Any, subspace: Subspace) -> None:
+    mixed = copied(original)
+    mixed.text_encoder.to(torch.bfloat16)
+    handle = attach(mixed, subspace)
+    for blends in (["ink"], ["ink[region=left]"], ["ink", "neon[region=top]"]):
+        handle.set_blends(blends)
+        for path, layer in handle.layers.items():
+            wanted = torch.bfloat16 if path.startswith("text_encoder") else torch.float32
+            for update in layer.updates:
+                assert {update.alpha.dtype, update.beta.dtype, *(one.dtype for one in update.middle)} == {wanted}
+
+
 @pytest.mark.slow
 def test_half_precision_and_compilation_keep_working(original: Any, subspace: Subspace) -> None:
     blends = ["ink[region=left soft=0.1]", "neon:0.5[steps=0..0.6]"]

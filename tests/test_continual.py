@@ -17,6 +17,7 @@ from stream.cells import Table, curve_of  # noqa: E402
 from stream.gates import gates  # noqa: E402
 from stream.plan import Plan, read_plan  # noqa: E402
 from stream.report import write_report  # noqa: E402
+from stream.run import Chosen, steps  # noqa: E402
 from stream.scores import facts, final, forgetting, interval, learned, steps_to, study  # noqa: E402
 from stream.separate import average, core, dare, knots, rounded, ties  # noqa: E402
 from stream.shared import PaperStream  # noqa: E402
@@ -63,6 +64,15 @@ def made_up(folder: Path) -> tuple[Plan, Table]:
                     }
                 )
     return plan, table
+
+
+def test_streams_are_worked_on_in_the_order_of_seeds_and_only_those_chosen():
+    plan = Plan("p", ("a", "b"), {"x": {"kind": "share", "orders": 2}, "y": {"kind": "base"}}, orders=3, seeds=2)
+    whole = list(steps(plan, ["x", "y"]))
+    assert whole[:4] == [("x", 0, 0, 1), ("y", 0, 0, 1), ("x", 0, 0, 2), ("y", 0, 0, 2)]
+    assert [step for step in whole if step[0] == "x" and step[3] == 2] == [("x", o, s, 2) for s in (0, 1) for o in (0, 1)]
+    assert list(steps(plan, ["x", "y"], Chosen(orders=(1,), seeds=(0,)))) == [("x", 1, 0, 1), ("x", 1, 0, 2)]
+    assert list(steps(plan, ["x", "y"], Chosen(seeds=(1,)))) == [step for step in whole if step[2] == 1]
 
 
 def test_scores_of_a_known_matrix(tmp_path):

@@ -7,7 +7,8 @@
 
 The plan is `continual.toml` (`continual_smoke.toml`). Every finished cell is a line of results/continual/cells.csv and is
 never measured twice; states and LoRAs in the making lie under outputs/benchmarks/, outside the repository's files. Where the
-machine has room, start the same command several times with different --methods: they share the CSV and the own LoRAs.
+machine has room, start the same command several times with different --methods or --seeds: they share the CSV and the own
+LoRAs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path)
     """Measure what is missing."""
     import torch
     from stream.elsewhere import captions, digits, go_through
-    from stream.run import run
+    from stream.run import Chosen, run
     from stream.separate import own_lora
     from stream.weights import measure
     from stream.workbench import Workbench
@@ -53,7 +54,8 @@ def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bench = Workbench(plan, arguments.work / plan.name)
-    run(plan, bench, table, arguments.methods or list(plan.methods), results / "pictures", arguments.minutes)
+    chosen = Chosen(*(tuple(some) if some else None for some in (arguments.orders, arguments.seeds)))
+    run(plan, bench, table, arguments.methods or list(plan.methods), results / "pictures", arguments.minutes, chosen)
     if arguments.weights:
         measure({concept: own_lora(bench, concept, 0)[0] for concept in plan.concepts}, results / "weights.csv")
     if arguments.elsewhere:
@@ -66,6 +68,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, help="another TOML file of what to run")
     parser.add_argument("--methods", nargs="+", help="only these of the plan")
+    parser.add_argument("--orders", nargs="+", type=int, help="only these orders of the stream, 0 the first")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on")
     parser.add_argument("--report_only", action="store_true", help="measure nothing, write the report from the CSV")
     parser.add_argument("--smoke", action="store_true", help="the small plan; fails when one of its gates is broken")

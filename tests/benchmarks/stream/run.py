@@ -25,6 +25,21 @@ from stream.plan import METHOD_KEYS, Plan
 from stream.workbench import ROOT, Lesson, Workbench
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which streams of a plan to work on; None is all orders, or all seeds."""
+
+    orders: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def has(self, order: int, seed: int) -> bool:
+        """Return whether a stream is among them."""
+        return (self.orders is None or order in self.orders) and (self.seeds is None or seed in self.seeds)
+
+
+ALL = Chosen()
+
+
 @dataclass
 class Stream:
     """One method in one order from one seed."""
@@ -173,20 +188,28 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def steps(plan: Plan, methods: list[str]) -> Iterator[tuple[str, int, int, int]]:
+def steps(plan: Plan, methods: list[str], chosen: Chosen = ALL) -> Iterator[tuple[str, int, int, int]]:
     """Yield (method, order, seed, after) in the order of work: seed by seed, order by order, concept by concept."""
     pairs = sorted({pair for name in methods for pair in plan.runs(name)}, key=lambda pair: (pair[1], pair[0]))
-    for order, seed in pairs:
+    for order, seed in [pair for pair in pairs if chosen.has(*pair)]:
         for after in range(1, len(plan.concepts) + 1):
             for name in methods:
                 if (order, seed) in plan.runs(name) and after <= plan.length(name):
                     yield name, order, seed, after
 
 
-def run(plan: Plan, bench: Workbench, table: Table, methods: list[str], pictures: Path, minutes: float | None) -> bool:
-    """Work until everything is measured or the time is up; returns whether everything is."""
+def run(
+    plan: Plan,
+    bench: Workbench,
+    table: Table,
+    methods: list[str],
+    pictures: Path,
+    minutes: float | None,
+    chosen: Chosen = ALL,
+) -> bool:
+    """Work until everything that is asked for is measured or the time is up; returns whether it is."""
     streams: dict[tuple[str, int, int], Stream] = {}
-    started, work = time.monotonic(), list(steps(plan, methods))
+    started, work = time.monotonic(), list(steps(plan, methods, chosen))
     bar = tqdm(work, desc=plan.name, unit="step")
     for name, order, seed, after in bar:
         if minutes is not None and time.monotonic() - started > 60 * minutes:
