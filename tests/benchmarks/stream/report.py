@@ -17,7 +17,7 @@ from stream.gates import Gate, gates
 from stream.plan import Plan
 from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, present, study
 from stream.transfer import transfer
-from stream.weights import section
+from stream.weights import read, section
 
 KEYS = (
     *("normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"),
@@ -79,11 +79,12 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         figure("curves.png", "score over steps", results),
         transfer(found),
         "## What was to be reached",
-        targets(found, summary["methods"]),
+        targets(found, summary["methods"], read(results / "weights.csv"), read_long(results)),
         "## The paper's claims, measured here",
-        claims(found, summary["methods"]),
+        claims(found, summary["methods"], read(results / "weights.csv")),
         ablations(found, summary["methods"]),
         section(results / "weights.csv", results / "retention.png"),
+        long_stream(results),
         elsewhere(results),
         notes(results),
         "## Progress and cost",
@@ -201,6 +202,34 @@ def ablation_row(found: Study, name: str) -> str:
         f"| {found.plan.methods[name].get('about', name)} | {last} | {mean(scores):.3f} "
         f"| {shown(mean(lost) if lost else None, 4)} | {count(end['numbers'])} | {count(end['concept_numbers'])} |"
     )
+
+
+def read_long(results: Path) -> dict[str, Any] | None:
+    """Return what the long stream came to, None where it was not run."""
+    file = results.parent / "long_stream.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def long_stream(results: Path) -> str:
+    """Return how the first ten concepts, the file and a merge fare while fifty are learned, where that was run."""
+    found = read_long(results)
+    if found is None:
+        return ""
+    scores = dict(zip(found["first_ten"], found["first_ten_score"], strict=True))
+    size = {row["concepts"]: (row["file_bytes"], row["merge_seconds"]) for row in found["rows"]}
+    each = found["separate_loras_bytes"] / found["concepts"]
+    lines = ["| concepts | score of the first ten | lowest retention | bytes | LoRAs' bytes / these | a merge, s |"]
+    lines.append("|---|" + "---|" * 5)
+    for count, score in scores.items():
+        retention = min(entry["retention"] for entry in found["first_ten"][count].values())
+        total, seconds = size[int(count)]
+        lines.append(f"| {count} | {score:.4f} | {retention:.4f} | {total:,} | {int(count) * each / total:.1f} | {seconds} |")
+    head = (
+        f"## {found['concepts']} concepts\n\n`python tests/benchmarks/long_stream.py`: the ten concepts of this stream, then "
+        f"further ones for {found['steps_of_later_concepts']} steps each, in one file; of the first ten none loses more than "
+        f"{found['first_ten_lose_at_most']:g} of its LoRA's gain."
+    )
+    return head + "\n\n" + "\n".join(lines)
 
 
 def elsewhere(results: Path) -> str:

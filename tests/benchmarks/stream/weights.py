@@ -8,12 +8,17 @@ Everything is closed form on the own LoRAs of one seed. Fits, for one layer with
     raw        left vectors of the stacked factors as they come
     centred    of the stacked factors less their mean
     random     an orthonormal basis drawn from a seed: the null
+
+Beside them `merged` is what a user gets: the library's own merge, one concept after another into bases capped at k columns,
+with the energy that is then truly held of every original, and `stated` is the retention that its file states for it.
 """
 
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -21,7 +26,9 @@ import torch
 from torch import Tensor
 
 from share_diffusion.basis import random_basis, thin_svd
+from share_diffusion.capacity import Capacity
 from share_diffusion.lora import LoRA
+from share_diffusion.subspace import Subspace
 from stream.figures import COLOURS, INK, Axes, font
 
 WIDTHS = (4, 8, 16, 24, 32)
@@ -76,6 +83,7 @@ def random(layer: Layer, norms: Sequence[float], k: int) -> Sides:
     return random_basis(up.shape[0], min(most, up.shape[0]), 1), random_basis(down.shape[1], min(most, down.shape[1]), 2)
 
 
+MERGES = ("merged", "stated")
 FITS: dict[str, Callable[[Layer, Sequence[float], int], Sides]] = {
     "joint": joint,
     "hooi": hooi,
@@ -96,6 +104,41 @@ def held(loras: Mapping[str, LoRA], fit: str, k: int) -> dict[str, float]:
         for name, (up, down) in zip(loras, layer, strict=True):
             kept[name] += float(((beta.mT @ up.double()) @ (down.double() @ alpha)).square().sum())
     return {name: kept[name] / norm**2 for name, norm in zip(loras, norms, strict=True)}
+
+
+def merged(loras: Mapping[str, LoRA], k: int) -> dict[str, tuple[float, float]]:
+    """Return what the library's merge, one by one with a cap of k columns, holds of each concept, and what it states."""
+    subspace = Subspace()
+    for name, lora in loras.items():
+        subspace = subspace.merge({name: lora}, capacity=Capacity(retain=None, rank=k))
+    found = {}
+    for name, lora in loras.items():
+        lost = 0.0
+        for path, (up, down) in ((path, (entry.up.double(), entry.down.double())) for path, entry in lora.layers.items()):
+            now = subspace.lora(name).layers[path] if path in subspace[name].coefficients else None
+            left = up @ down if now is None else up @ down - now.up.double() @ now.down.double()
+            lost += float(left.square().sum())
+        found[name] = 1 - lost / lora.norm**2, subspace[name].retention
+    return found
+
+
+def tail(loras: Mapping[str, LoRA], k: int = 8) -> float:
+    """Return how far, at worst over layers and sides, the loss of a rank-k fit is from its tail energy (Proposition 1).
+
+    The error is ||S - B B^T S||^2 over the discarded singular values' squares, less 1; S are the stacked factors.
+    """
+    worst = 0.0
+    for path in next(iter(loras.values())).layers:
+        for stack in (
+            torch.cat([lora.layers[path].up for lora in loras.values()], 1).double(),
+            torch.cat([lora.layers[path].down.mT for lora in loras.values()], 1).double(),
+        ):
+            left, values, _ = torch.linalg.svd(stack, full_matrices=False)
+            basis, discarded = left[:, :k], float(values[k:].square().sum())
+            lost = float((stack - basis @ (basis.mT @ stack)).square().sum())
+            if discarded > 1e-9 * float(values.square().sum()):
+                worst = max(worst, abs(lost / discarded - 1))
+    return worst
 
 
 def similarity(loras: Mapping[str, LoRA], k: int = 8) -> list[tuple[int, float, float]]:
@@ -127,37 +170,82 @@ def measure(loras: Mapping[str, LoRA], file: Path) -> None:
         for fit in FITS:
             for k in WIDTHS:
                 writer.writerows((fit, k, name, repr(share)) for name, share in held(loras, fit, k).items())
+        for k in WIDTHS:
+            both = merged(loras, k)
+            writer.writerows(("merged", k, name, repr(held)) for name, (held, _) in both.items())
+            writer.writerows(("stated", k, name, repr(stated)) for name, (_, stated) in both.items())
+        writer.writerow(("tail", 8, "all", repr(tail(loras))))
         for count, alpha, beta in similarity(loras):
             writer.writerows((("overlap alpha", 8, count, repr(alpha)), ("overlap beta", 8, count, repr(beta))))
     part.replace(file)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What weights.csv says: shares held by (what, k) in the order of the concepts, overlaps by concepts so far, the tail."""
+
+    shares: Mapping[tuple[str, int], list[float]]
+    overlaps: Mapping[int, Mapping[str, float]]
+    tail: float | None
+
+    @property
+    def beyond_the_bound(self) -> float | None:
+        """By how much the merge loses more than the joint SVD at the same k, the largest difference over all widths."""
+        gaps = [mean(self.shares["joint", k]) - mean(held) for (what, k), held in self.shares.items() if what == "merged"]
+        return max(gaps, default=None)
+
+    @property
+    def overstated(self) -> float | None:
+        """By how much a stated retention is above what is truly held, the largest over all concepts and widths."""
+        pairs = [
+            (stated, true)
+            for (what, k), held in self.shares.items()
+            if what == "merged"
+            for true, stated in zip(held, self.shares["stated", k], strict=True)
+        ]
+        return max((stated - true for stated, true in pairs), default=None)
+
+
+def read(file: Path) -> Found | None:
+    """Return what the CSV says, None where there is none."""
+    if not file.exists():
+        return None
+    shares: dict[tuple[str, int], list[float]] = defaultdict(list)
+    overlaps: dict[int, dict[str, float]] = defaultdict(dict)
+    error = None
+    with file.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            value = float(row["value"])
+            if row["what"].startswith("overlap"):
+                overlaps[int(row["concept"])][row["what"]] = value
+            elif row["what"] == "tail":
+                error = value
+            else:
+                shares[row["what"], int(row["k"])].append(value)
+    return Found(dict(shares), dict(overlaps), error)
+
+
 def section(file: Path, figure: Path) -> str:
     """Return the report's section and draw its figure, from the CSV alone."""
-    if not file.exists():
+    found = read(file)
+    if found is None:
         return ""
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    shares = {
-        (fit, k): [float(row["value"]) for row in rows if (row["what"], int(row["k"])) == (fit, k)]
-        for fit in FITS
-        for k in WIDTHS
-    }
-    draw(shares, figure)
+    draw(found.shares, figure)
     lines = ["| fit | " + " | ".join(f"k = {k}" for k in WIDTHS) + " |", "|---|" + "---|" * len(WIDTHS)]
-    for fit in FITS:
-        cells = [f"{1 - mean(shares[fit, k]):.3f} / {1 - min(shares[fit, k]):.3f}" for k in WIDTHS]
-        lines.append(f"| {fit} | " + " | ".join(cells) + " |")
-    overlaps = [row for row in rows if row["what"].startswith("overlap")]
+    for fit in (*FITS, *MERGES):
+        if all((fit, k) in found.shares for k in WIDTHS):
+            every = [found.shares[fit, k] for k in WIDTHS]
+            lines.append(f"| {fit} | " + " | ".join(f"{1 - mean(some):.3f} / {1 - min(some):.3f}" for some in every) + " |")
     stream_lines = ["| concepts so far | input side | output side |", "|---|---|---|"]
-    for count in sorted({int(row["concept"]) for row in overlaps}):
-        pair = {row["what"]: float(row["value"]) for row in overlaps if int(row["concept"]) == count}
+    for count, pair in sorted(found.overlaps.items()):
         stream_lines.append(f"| {count} | {pair['overlap alpha']:.3f} | {pair['overlap beta']:.3f} |")
     return "\n".join(
         [
             "## Weight space",
             "",
-            "Lost energy of the own LoRAs in bases of k columns a side (mean / worst concept):",
+            "Lost energy of the own LoRAs in bases of k columns a side (mean / worst concept). `merged` is the library's own",
+            "merge, one concept after another with k as the cap, measured against the kept originals; `stated` is one less the",
+            "retention that its file states:",
             "",
             *lines,
             "",

@@ -1,0 +1,135 @@
+"""Facts about what the continual benchmark concludes: bounds in weight space, paired comparisons, targets and claims."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from stream.cells import Table
+from stream.claims import claims, others, targets
+from stream.plan import Plan
+from stream.scores import study
+from stream.transfer import gain, pairs, transfer
+from stream.weights import Found, held, measure, merged, read, section, tail
+
+from share_diffusion.lora import Factors, LoRA
+
+CURVE = "0:0.5 60:{:.2f} 120:{:.2f}"
+
+
+def some_loras(count: int = 3, rank: int = 2) -> dict[str, LoRA]:
+    """Random LoRAs on two layers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factors() -> Factors:
+        return Factors(torch.randn(12, rank, generator=generator), torch.randn(rank, 10, generator=generator))
+
+    return {f"c{number}": LoRA({"unet.a": factors(), "unet.b": factors()}) for number in range(count)}
+
+
+def test_a_merge_with_room_loses_nothing_and_states_no_more_than_it_holds():
+    loras = some_loras()
+    for true, stated in merged(loras, 6).values():
+        assert true == pytest.approx(1, abs=1e-5)
+        assert stated <= true + 1e-6
+    for true, stated in merged(loras, 3).values():
+        assert 0.1 < true < 0.9
+        assert stated <= true + 1e-6
+
+
+def test_a_merge_one_by_one_is_bounded_by_the_joint_fit_of_the_first_two():
+    loras = some_loras(2)
+    ours, joint = merged(loras, 3), held(loras, "joint", 3)
+    assert sum(true for true, _ in ours.values()) == pytest.approx(sum(joint.values()), abs=0.02)
+
+
+def test_a_fit_loses_its_tail_energy():
+    assert 0 < tail(some_loras(), 3) < 1e-9
+    assert tail(some_loras(), 6) == 0  # nothing is discarded
+
+
+def test_weights_are_told_from_their_csv(tmp_path):
+    loras = some_loras(4)  # as many directions as the overlap looks at
+    measure(loras, tmp_path / "weights.csv")
+    found = read(tmp_path / "weights.csv")
+    assert found is not None
+    assert found.shares["joint", 4] == pytest.approx(list(held(loras, "joint", 4).values()))
+    assert found.overlaps[4] == pytest.approx({"overlap alpha": 1, "overlap beta": 1}, abs=1e-6)
+    assert found.beyond_the_bound is not None
+    assert found.beyond_the_bound < 0.05
+    assert found.overstated is not None
+    assert found.overstated <= 1e-6
+    text = section(tmp_path / "weights.csv", tmp_path / "retention.png")
+    assert "| merged |" in text
+    assert (tmp_path / "retention.png").exists()
+    assert read(tmp_path / "absent.csv") is None
+
+
+def a_study(folder: Path, orders: int = 3):
+    """Cells of two concepts, of which `share` learns with half of the steps that `share_seed` takes, and forgets nothing."""
+    methods = {
+        "own_lora": {"kind": "own_lora"},
+        "share": {"kind": "share", "orders": 3},
+        "share_seed": {"kind": "share", "orders": 3},
+        "sequential_lora": {"kind": "sequential"},
+        "own_lora_r1": {"kind": "own_lora", "rank": 1},
+    }
+    plan, table = Plan("p", ("one", "two"), methods, orders=orders, seeds=1), Table(folder / "cells.csv")
+    ends = {"own_lora": (0.3, 0.3), "share": (0.3, 0.28), "share_seed": (0.4, 0.32), "sequential_lora": (0.4, 0.35)}
+    for method in methods:
+        for order, seed in plan.runs(method):
+            for after in (1, 2):
+                for concept in plan.order(order)[:after]:
+                    new = concept == plan.order(order)[after - 1]
+                    row = {"settings": plan.digest(method), "method": method, "order": order, "seed": seed, "after": after}
+                    row["learned"] = plan.order(order)[after - 1]
+                    middle, end = ends.get(method, (0.4, 0.31))
+                    facts = {"base_loss": 0.5, "loss": end, "judge": 0.9, "adherence": 0.8, "broken": 0, "norm": 1.0}
+                    lesson = {"numbers": 10, "concept_numbers": 5, "file_bytes": 100, "trainable": 7, "seconds": 1.0}
+                    lesson["curve"] = CURVE.format(middle, end)
+                    table.add({**row, "concept": concept, "weight": 1.0, **facts, **(lesson if new else {})})
+    return study(plan, table)
+
+
+def test_orders_that_teach_the_same_are_counted_once(tmp_path):
+    found = a_study(tmp_path)
+    both = pairs(found, "share", "share_seed")
+    assert len(both) == 2  # one seed, two concepts
+    assert gain(both, 120) == pytest.approx((0.2, 0.2, 0.2))
+    assert gain(both, 77) is None
+    assert "2 pairs" in transfer(found)
+    assert pairs(found, "share", "nobody") == []
+
+
+def test_targets_name_who_is_ahead_and_who_dominates(tmp_path):
+    found = a_study(tmp_path)
+    line = {"normalised": 1.0, "normalised_judge": 1.0, "bytes_total": 100, "forgetting": 0.0, "forgetting_judge": 0.0}
+    line |= {"adherence": 0.7, "bytes_per_concept": 1, "trainable": 1, "steps_to_95": 60}
+    lines = {"own_lora": {**line, "bytes_total": 1000}, "share": line, "sequential_lora": {**line, "normalised": 0.9}}
+    (_, ahead, *_), (_, better, *_) = others(found, lines)
+    assert ahead == pytest.approx(0.1)
+    assert better == 0
+    lines["own_lora_r1"] = {**line, "bytes_total": 99}
+    assert others(found, lines)[1][1] == 1
+    weights = Found({("joint", 4): [0.9, 0.9], ("merged", 4): [0.9, 0.88], ("stated", 4): [0.9, 0.85]}, {}, 1e-12)
+    long = {"concepts": 50, "first_ten_lose_at_most": 0.02, "times_smaller": 9.0}
+    text = targets(found, lines, weights, long)
+    assert "| a merge's loss above the joint SVD's at the same k | 0.01 | <= 0.02 | yes |" in text
+    assert "| stated retention above what is held | 0 | <= 1e-06 | yes |" in text
+    assert "| 50 concepts: the first ten lose | 0.02 | <= 0.01 | **no** |" in text
+    assert "| 50 LoRAs' bytes / the file of 50 | 9 | >= 8 | yes |" in text
+    overstating = replace(weights, shares={**weights.shares, ("stated", 4): [0.9, 0.881]})
+    assert "| stated retention above what is held | 0.001 | <= 1e-06 | **no** |" in targets(found, lines, overstating)
+    told = claims(found, lines, replace(weights, overlaps={1: overlap(0.5), 2: overlap(1.0)}))
+    assert "| a fit loses exactly its tail energy (Proposition 1) | `raw` | yes | within 1e-12 of it |" in told
+    assert "after 1 of 2 | `joint` | no | inputs 0.50, outputs 0.50 |" in told
+    assert "forward transfer: columns measured on the base against random ones | `share` | yes | +0.200" in told
+
+
+def overlap(value: float) -> dict[str, float]:
+    """Both sides' overlap."""
+    return {"overlap alpha": value, "overlap beta": value}
