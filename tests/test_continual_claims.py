@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from stream.cells import Table
 from stream.claims import claims, others, targets
 from stream.plan import Plan
+from stream.report import ablations
 from stream.scores import study
 from stream.transfer import gain, pairs, transfer
 from stream.weights import Found, held, measure, merged, read, section, tail
@@ -128,6 +129,21 @@ def test_targets_name_who_is_ahead_and_who_dominates(tmp_path):
     assert "| a fit loses exactly its tail energy (Proposition 1) | `raw` | yes | within 1e-12 of it |" in told
     assert "after 1 of 2 | `joint` | no | inputs 0.50, outputs 0.50 |" in told
     assert "forward transfer: columns measured on the base against random ones | `share` | yes | +0.200" in told
+
+
+def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_path):
+    found = a_study(tmp_path)
+    short = {"kind": "own_lora", "rank": 1, "table": "Ranks", "stop": 1, "beside": ["own_lora", "share"], "about": "rank 1"}
+    plan = replace(found.plan, methods={**found.plan.methods, "own_lora_r1": short})
+    assert plan.digest("own_lora_r1") == found.plan.digest("own_lora_r1")  # its cells count
+    lines = ablations(study(plan, Table(tmp_path / "cells.csv"))).splitlines()
+    assert lines[2] == "### Ranks"
+    assert [line.split(" | ")[:3] for line in lines[6:]] == [
+        ["| `own_lora`", "1", "1.000"],
+        ["| `share`", "1", "1.100"],
+        ["| rank 1", "1", "0.950"],
+    ]
+    assert ablations(found) == ""
 
 
 def overlap(value: float) -> dict[str, float]:

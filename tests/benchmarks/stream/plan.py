@@ -21,7 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHOD_KEYS = {"kind", "orders", "seeds", "stop", "judge", "table", "weights", "pictures", "about"}  # not in the digest
+NOT_IN_DIGEST = "kind orders seeds stop judge table beside weights pictures about"
+METHOD_KEYS = set(NOT_IN_DIGEST.split())
 
 
 @dataclass(frozen=True)

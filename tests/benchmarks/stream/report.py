@@ -82,7 +82,7 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         targets(found, summary["methods"], read(results / "weights.csv"), read_long(results)),
         "## The paper's claims, measured here",
         claims(found, summary["methods"], read(results / "weights.csv")),
-        ablations(found, summary["methods"]),
+        ablations(found),
         section(results / "weights.csv", results / "retention.png"),
         long_stream(results),
         elsewhere(results),
@@ -174,34 +174,41 @@ def figure(name: str, about: str, results: Path) -> str:
     return f"![{about}]({name})" if (results / name).exists() else ""
 
 
-def ablations(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
+def ablations(found: Study) -> str:
     """Return one table for each `table` that the plan's methods name."""
-    tables = sorted({method["table"] for method in found.plan.methods.values() if "table" in method})
+    methods = found.plan.methods
     out = []
-    for title in tables:
-        rows = [ablation_row(found, name) for name, method in found.plan.methods.items() if method.get("table") == title]
-        known = [row for row in rows if row]
-        if known:
-            head = "| variant | concepts | score | forgetting | numbers in all | a further concept |"
-            out.append("\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|", *known]))
+    for title in dict.fromkeys(method["table"] for method in methods.values() if "table" in method):
+        variants = [name for name, method in methods.items() if method.get("table") == title and reached(found, name)]
+        if not variants:
+            continue
+        known: list[str] = []
+        for name in variants:
+            for beside in methods[name].get("beside", ()):
+                if (row := ablation_row(found, beside, reached(found, name), f"`{beside}`")) not in known:
+                    known.append(row)
+            known.append(ablation_row(found, name, reached(found, name), methods[name].get("about", name)))
+        head = "| variant | concepts | score | forgetting | numbers in all | a further concept |"
+        out.append("\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|", *(row for row in known if row)]))
     return "## Ablations\n\n" + "\n\n".join(out) if out else ""
 
 
-def ablation_row(found: Study, name: str) -> str:
-    """Return a variant's line: it may be a shorter stream than the headline's."""
-    matrices = [one for one in found.matrices.get(name, {}).values() if one.reached]
-    if not matrices:
+def reached(found: Study, name: str) -> int:
+    """Return how many concepts every begun stream of a method has learned, at most as many as the plan asks for."""
+    begun = [one.reached for one in found.matrices.get(name, {}).values() if one.reached]
+    return min([*begun, found.plan.length(name)]) if begun else 0
+
+
+def ablation_row(found: Study, name: str, last: int, about: str) -> str:
+    """Return a method's line after so many concepts, order 0 and seed 0; empty where it has not come so far."""
+    one = found.matrices.get(name, {}).get((0, 0))
+    if one is None or not last or one.reached < last:
         return ""
-    last = min(one.reached for one in matrices)
-    scores = present(final(one, last, found.rho) for one in matrices)
-    lost = present(forgetting(one, last, found.rho) for one in matrices)
-    end: Row = matrices[0].rows[last, matrices[0].names[last - 1]]
-    if not scores:
+    score, lost = final(one, last, found.rho), forgetting(one, last, found.rho)
+    end: Row = one.rows[last, one.names[last - 1]]
+    if score is None:
         return ""
-    return (
-        f"| {found.plan.methods[name].get('about', name)} | {last} | {mean(scores):.3f} "
-        f"| {shown(mean(lost) if lost else None, 4)} | {count(end['numbers'])} | {count(end['concept_numbers'])} |"
-    )
+    return f"| {about} | {last} | {score:.3f} | {shown(lost, 4)} | {count(end['numbers'])} | {count(end['concept_numbers'])} |"
 
 
 def read_long(results: Path) -> dict[str, Any] | None:
