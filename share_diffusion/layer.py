@@ -3,9 +3,9 @@
     y = base(x) + sum over updates of  beta @ m_n @ ... @ m_1 @ (alpha.T @ x)
 
 An update is a chain of matrices: `alpha` (in, k) first, `beta` (out, k') last, small `middle` matrices (rows, columns)
-between them, applied in order. A blend is one update whose middle is the blended core; a concept in training is one or
-two updates whose sides are parameters or products of bases and coefficients that are parameters. With no update the layer
-*is* its base.
+between them, applied in order. A blend that all samples share is one update without a middle, its core multiplied into the
+bases; a concept in training is one or two updates whose sides are parameters or products of bases and coefficients that are
+parameters. With no update the layer *is* its base.
 
 A middle matrix with a batch dimension in front gives every sample its own core. With masks `where`, the middle holds one
 core per region, one under the other, (regions k, k'), and y(p) = beta sum_i m_i(p) C_i alpha.T x(p): alpha.T x is computed
@@ -129,11 +129,6 @@ def wrap(base: nn.Module) -> ShareLayer:
     if isinstance(base, nn.Conv2d) and base.groups == 1:
         return ShareConv(base)
     raise TypeError(f"{type(base).__name__} cannot be adapted; Linear and Conv2d with groups=1 can")
-
-
-def core_update(alpha: Tensor, core: Tensor, beta: Tensor) -> Update:
-    """Return the update beta @ core @ alpha.T; `core` is (k', k)."""
-    return Update(alpha, (core.mT.contiguous(),), beta)
 
 
 def weighted(updates: Mapping[str, Sequence[Update]], weight: float) -> dict[str, list[Update]]:

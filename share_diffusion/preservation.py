@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from share_diffusion.attached import Attached
 from share_diffusion.captions import without_trigger
-from share_diffusion.layer import Update, core_update
+from share_diffusion.layer import Update
 from share_diffusion.learning import Frozen, fast_attention, recomputes
 from share_diffusion.objective import Draw, add_noise, step_generator
 from share_diffusion.picture_set import PictureSet
@@ -76,5 +76,5 @@ class Preservation:
 
 def concept_updates(subspace: Subspace, name: str) -> dict[str, Update]:
     """Return a held concept as updates of the live layers, by path."""
-    cores = subspace.blend({name: 1.0})
-    return {path: core_update(subspace.layers[path].alpha, core, subspace.layers[path].beta) for path, core in cores.items()}
+    layers = subspace.lora(name).layers
+    return {path: Update(factors.down.mT.contiguous(), (), factors.up) for path, factors in layers.items()}
