@@ -11,8 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 from stream.cells import Table
 from stream.claims import claims, others, targets
+from stream.figures import adherence_and_identity, over_scales
 from stream.plan import Plan
 from stream.report import ablations
+from stream.run import Stream
 from stream.scores import study
 from stream.transfer import gain, pairs, transfer
 from stream.weights import Found, held, measure, merged, read, section, tail
@@ -144,6 +146,27 @@ def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_pa
         ["| rank 1", "1", "0.950"],
     ]
     assert ablations(found) == ""
+
+
+def test_scales_are_measured_once_and_become_a_curve(tmp_path):
+    found = a_study(tmp_path)
+    methods = {**found.plan.methods, "share": {**found.plan.methods["share"], "scales": [0.5], "weights": [0.0]}}
+    plan, table = replace(found.plan, methods=methods), Table(tmp_path / "cells.csv")
+
+    def wanted(order: int, after: int) -> list[tuple[float, str]]:
+        stream = Stream(plan, None, table, "share", order, 0, tmp_path)  # type: ignore[arg-type]
+        return [(key["weight"], key["concept"]) for key in stream.wanted(after)]
+
+    assert wanted(0, 1) == [(1.0, "one")]
+    assert wanted(0, 2) == [(weight, name) for weight in (1.0, 0.0, 0.5) for name in ("one", "two")]
+    assert wanted(1, 2) == [(weight, name) for weight in (1.0, 0.0) for name in plan.order(1)]
+    key = {"settings": plan.digest("share"), "method": "share", "order": 0, "seed": 0, "after": 2, "weight": 0.5}
+    for name, seen in (("one", 0.5), ("two", 0.7)):
+        table.add({**key, "concept": name, "loss": 0.3, "base_loss": 0.5, "judge": seen, "adherence": 0.9})
+    curve = over_scales(study(plan, table), "share")
+    assert curve == {0.5: pytest.approx((0.9, 0.6)), 1.0: pytest.approx((0.8, 0.9))}
+    adherence_and_identity(study(plan, table), ["share", "own_lora"], tmp_path / "scales.png")
+    assert (tmp_path / "scales.png").exists()
 
 
 def overlap(value: float) -> dict[str, float]:

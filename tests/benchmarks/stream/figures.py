@@ -173,6 +173,40 @@ def over_the_stream(study: Study, methods: Sequence[str], path: Path) -> None:
     keep(axes.image, path)
 
 
+def adherence_and_identity(study: Study, methods: Sequence[str], path: Path) -> None:
+    """Draw how often pictures show the concept over how often they keep to the prompt, at several scales of its weight."""
+    curves = {name: points for name in methods if len(points := over_scales(study, name)) > 1}
+    if not curves:
+        return
+    every = [adherence for points in curves.values() for adherence, _ in points.values()]
+    low, high = min(every) - 0.05, max(every) + 0.05
+    axes = Axes((700, 430), (low, high), (0.0, 1.05))
+    ticks = {step / 20: f"{step / 20:.2f}" for step in range(21) if low <= step / 20 <= high}
+    axes.ticks(ticks, [0.0, 0.25, 0.5, 0.75, 1.0], "attributes as the prompt asks", "pictures that show the concept")
+    for index, (name, points) in enumerate(curves.items()):
+        axes.line([points[scale] for scale in sorted(points)], COLOURS[index % len(COLOURS)])
+        for scale, point in points.items():
+            axes.mark(*point, COLOURS[index % len(COLOURS)], f"{scale:g}")
+        axes.draw.text((80, 330 + 16 * index), name, fill=COLOURS[index % len(COLOURS)], font=font(12))
+    keep(axes.image, path)
+
+
+def over_scales(study: Study, method: str) -> dict[float, tuple[float, float]]:
+    """Return (adherence, judge's share) by scale after the last concept of order 0 and seed 0, means over the concepts."""
+    last = len(study.plan.order(0))
+    cells = [
+        row
+        for row in study.rows
+        if (row["method"], row["order"], row["seed"], row["after"]) == (method, 0, 0, last) and row["judge"] != ""
+    ]
+    scales = {row["weight"]: [other for other in cells if other["weight"] == row["weight"]] for row in cells}
+    return {
+        scale: (mean(row["adherence"] for row in rows), mean(row["judge"] for row in rows))
+        for scale, rows in sorted(scales.items())
+        if len(rows) == last
+    }
+
+
 def scores_at(study: Study, matrices: Sequence[Matrix], after: int) -> float | None:
     """Return the mean score after so many concepts."""
     values = present(final(matrix, after, study.rho) for matrix in matrices)

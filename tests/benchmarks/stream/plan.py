@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_IN_DIGEST = "kind orders seeds stop judge table beside weights pictures about"
+NOT_IN_DIGEST = "kind orders seeds stop judge table beside weights scales pictures about"
 METHOD_KEYS = set(NOT_IN_DIGEST.split())
 
 

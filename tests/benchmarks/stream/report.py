@@ -57,6 +57,7 @@ def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: 
     trained = [name for name in plain if found.plan.methods[name]["kind"] in ("own_lora", "share", "sequential", "paper")]
     figures.learning_curves(found, trained, results / "curves.png")
     figures.over_the_stream(found, plain, results / "stream.png")
+    figures.adherence_and_identity(found, plain, results / "scales.png")
     shown = ("own_lora", "share", "sequential_lora", "paper")
     figures.contact_sheet(found, shown, results / "pictures", results / "forgetting.png")
 
@@ -72,6 +73,7 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         method_table(found, summary["methods"]),
         figure("quality_bytes.png", "score against bytes", results),
         figure("stream.png", "score over the stream", results),
+        figure("scales.png", "pictures that show the concept over adherence, at several scales of the weight", results),
         "## Every concept after every other",
         figure("matrices.png", "R: rows after each concept, columns concepts", results),
         figure("forgetting.png", "the same seeds when learned and at the end", results),

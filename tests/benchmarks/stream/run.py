@@ -69,7 +69,9 @@ class Stream:
         names = self.plan.order(self.order)[:after]
         if after > self.plan.length(self.name) or not (self.every_step or self.checkpoint(after)):
             return []
-        weights = self.settings.get("weights", ()) if self.checkpoint(after) else ()
+        weights = [*self.settings.get("weights", ())] if self.checkpoint(after) else []
+        if after == self.plan.length(self.name) and (self.order, self.seed) == (0, 0):
+            weights += self.settings.get("scales", ())  # one stream's curve of pictures over the scale
         return [self.key(after, name, 1.0) for name in names] + [
             self.key(after, name, float(weight)) for weight in weights for name in names
         ]
