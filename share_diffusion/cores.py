@@ -21,6 +21,7 @@ from share_diffusion.blend import Term
 from share_diffusion.subspace import Subspace
 
 ROOM = 2**28  # bytes of rows that are kept
+AT_ONCE = 2**22  # numbers that are narrowed at once, in double precision
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,18 @@ def frame(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor]:
     """
     if rank is None or rank >= cores.shape[-2]:
         return None, cores
+    each = max(1, AT_ONCE // (cores.numel() // cores.shape[-3]))
+    parts = [spanned(some, rank) for some in cores.split(each, dim=-3)]
+    return torch.cat([left for left, _ in parts]), torch.cat([rest for _, rest in parts], dim=-3)
+
+
+def spanned(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return left and rest of a few layers' cores, worked out in double precision: r random columns may lie badly."""
     double = cores.double()
-    beside = double.flatten(0, -4) if cores.ndim > 3 else double[None]  # (M, layers, k, k')
-    beside = beside.permute(1, 2, 0, 3).flatten(2)
+    beside = double.reshape(-1, *double.shape[-3:]).permute(1, 2, 0, 3).flatten(2)  # (layers, k, n)
     omega = torch.randn(beside.shape[-1], rank, generator=torch.Generator().manual_seed(0), dtype=double.dtype)
     left = torch.linalg.qr(beside @ omega).Q
-    return left, left.mT @ double
+    return left.to(cores), (left.mT @ double).to(cores)
 
 
 def stacked(ranks: Mapping[str, tuple[int, int]]) -> Iterator[Stack]:

@@ -407,7 +407,8 @@ def test_a_narrowed_core_is_the_core(shape: tuple[int, int, int], rank: int | No
 
 
 @pytest.mark.parametrize("rank", [None, 4, 8, 9])
-def test_one_frame_serves_samples_and_regions(rank: int | None) -> None:
+def test_one_frame_serves_samples_and_regions(rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("share_diffusion.cores.AT_ONCE", 400)  # two layers at once
     cores = torch.stack([cores_of_rank(2, 3, 9, 5, seed) for seed in range(4)]).unflatten(0, (2, 2))
     left, rest = frame(cores, rank)
     if rank is None or rank >= 9:
