@@ -135,7 +135,7 @@ def frame(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor]:
     """
     if rank is None or rank >= cores.shape[-2]:
         return None, cores
-    each = max(1, AT_ONCE // (cores.numel() // cores.shape[-3]))
+    each = max(1, AT_ONCE // max(1, cores.numel() // cores.shape[-3]))
     parts = [spanned(some, rank) for some in cores.split(each, dim=-3)]
     return torch.cat([left for left, _ in parts]), torch.cat([rest for _, rest in parts], dim=-3)
 
