@@ -29,7 +29,7 @@ from share_diffusion.basis import random_basis, thin_svd
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import LoRA
 from share_diffusion.subspace import Subspace
-from stream.figures import COLOURS, INK, Axes, font
+from stream.figures import energy_held
 
 WIDTHS = (4, 8, 16, 24, 32)
 Layer = Sequence[tuple[Tensor, Tensor]]  # (up (out, r), down (r, in)) of every concept
@@ -230,7 +230,7 @@ def section(file: Path, figure: Path) -> str:
     found = read(file)
     if found is None:
         return ""
-    draw(found.shares, figure)
+    energy_held(found.shares, figure)
     lines = ["| fit | " + " | ".join(f"k = {k}" for k in WIDTHS) + " |", "|---|" + "---|" * len(WIDTHS)]
     for fit in (*FITS, *MERGES):
         if all((fit, k) in found.shares for k in WIDTHS):
@@ -256,14 +256,3 @@ def section(file: Path, figure: Path) -> str:
             *stream_lines,
         ]
     )
-
-
-def draw(shares: Mapping[tuple[str, int], list[float]], path: Path) -> None:
-    """Draw the mean share held over k."""
-    axes = Axes((700, 400), (0, max(WIDTHS) + 1), (0.0, 1.05))
-    axes.ticks({k: str(k) for k in WIDTHS}, [0.0, 0.25, 0.5, 0.75, 1.0], "columns k a side", "share of energy held, mean")
-    for index, fit in enumerate(FITS):
-        axes.line([(k, mean(shares[fit, k])) for k in WIDTHS], COLOURS[index])
-        axes.draw.text((560, 220 + 16 * index), fit, fill=COLOURS[index], font=font(12))
-    axes.draw.text((80, 22), "own LoRAs of one seed", fill=INK, font=font(11))
-    axes.image.save(path)
