@@ -34,8 +34,7 @@ def write_report(plan: Plan, table: Table, results: Path) -> dict[str, Any]:
     checked = gates(found)
     finished = [name for name in plan.methods if found.complete(name)]
     lines = {name: facts(found, name) for name in finished}
-    pairs = [set(found.complete(name)) for name in found.headline]
-    shared = set.intersection(*pairs[1:]) if len(pairs) > 1 else set()
+    shared = pairs_of_all(found)
     summary = {
         "valid": bool(found.horizon) and all(gate.holds for gate in checked),
         "concepts": found.horizon,
@@ -47,6 +46,12 @@ def write_report(plan: Plan, table: Table, results: Path) -> dict[str, Any]:
     draw_figures(found, lines, results)
     (results / "report.md").write_text(text_of(found, summary, checked, results), encoding="utf-8")
     return summary
+
+
+def pairs_of_all(found: Study) -> set[tuple[int, int]]:
+    """Return the (order, seed) pairs that every headline method has been through; for own LoRAs the order has no say."""
+    pairs = [set(found.complete(name)) for name in found.headline]
+    return set.intersection(*pairs[1:]) if len(pairs) > 1 else set()
 
 
 def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: Path) -> None:
@@ -103,7 +108,8 @@ def introduction(found: Study, summary: Mapping[str, Any]) -> str:
     return (
         f"Written by `python tests/benchmarks/continual.py --report_only` from `cells.csv` ({len(found.rows)} cells). "
         f"Base `{found.plan.base}`; compared after **{summary['concepts']} of {len(found.plan.concepts)} concepts**, "
-        f"{summary['orders']} order(s), {summary['seeds']} seed(s); this run is {verdict}.\n\n"
+        f"{summary['orders']} order(s), {summary['seeds']} seed(s), {len(pairs_of_all(found))} of their "
+        f"{summary['orders'] * summary['seeds']} pairs by all of {', '.join(found.headline[1:])}; this run is {verdict}.\n\n"
         f"Order 0: {', '.join(found.plan.concepts)}. Every concept has {training.steps} steps of batch {training.batch} for "
         f"every method, the same pictures, noise and prompts. Loss is measured at fixed noise on {measures.held_out} "
         f"pictures in combinations that nothing was trained on; the judge sees {measures.pictures} pictures of a "
