@@ -165,6 +165,9 @@ def test_scales_are_measured_once_and_become_a_curve(tmp_path):
         table.add({**key, "concept": name, "loss": 0.3, "base_loss": 0.5, "judge": seen, "adherence": 0.9})
     curve = over_scales(study(plan, table), "share")
     assert curve == {0.5: pytest.approx((0.9, 0.6)), 1.0: pytest.approx((0.8, 0.9))}
+    own = {**key, "settings": plan.digest("own_lora"), "method": "own_lora", "concept": "two", "learned": "two"}
+    table.add({**own, "loss": 0.45, "base_loss": 0.5, "judge": 0.1, "adherence": 1.0})
+    assert study(plan, table).own[0, "two"]["weight"] == 1.0  # what everything is normalised by is the LoRA at its own weight
     adherence_and_identity(study(plan, table), ["share", "own_lora"], tmp_path / "scales.png")
     assert (tmp_path / "scales.png").exists()
 

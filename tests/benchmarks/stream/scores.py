@@ -86,7 +86,7 @@ def study(plan: Plan, table: Table) -> Study:
             if mine:
                 cells = {(row["after"], row["concept"]): row for row in mine}
                 matrices[method][order, seed] = Matrix(cells, plan.order(order)[: plan.length(method)])
-    mine = [row for row in rows if row["method"] == "own_lora" and row["concept"] == row["learned"]]
+    mine = [row for row in rows if row["method"] == "own_lora" and row["concept"] == row["learned"] and row["weight"] == 1.0]
     own = {(row["seed"], row["concept"]): row for row in mine}
     return Study(plan, rows, dict(matrices), own)
 
