@@ -119,15 +119,16 @@ class Active:
         """Return the rows that act anywhere at a moment."""
         return {u for columns in moment.weights for column in columns for u, weight in enumerate(column) if weight}
 
-    def rank(self, moment: Moment) -> int | None:
-        """Return a bound on the rank of all of a layer's cores together at a moment, None where nothing is known of it.
+    @property
+    def rank(self) -> int | None:
+        """Return a bound on the rank of all of a layer's cores together, None where nothing is known of it.
 
-        It is one of a few steps and not exact, so that shapes, and what was compiled for them, stay when a slider moves.
+        It counts every concept of the blends, whenever it acts, and is one of a few steps and not exact, so that shapes, and
+        what was compiled for them, stay through a drawing and when a slider moves between values other than 0.
         """
         if any(blend.method is not None and blend.method.name in ("ties", "dare", "tsv") for blend in self.blends):
             return None  # they merge entry by entry
-        names = [name for name, _, _ in self.keys]
-        ranks = sum(self.table.subspace[names[u]].pseudo_rank for u in self.acting(moment))
+        ranks = sum(self.table.subspace[name].pseudo_rank for name in {name for name, _, _ in self.keys})
         return next((step for step in NARROW if ranks <= step), None)
 
     def shares(self, moment: Moment) -> Tensor:

@@ -121,7 +121,7 @@ class AttachedSubspace(Attached):
             return
         start, stop = (0, self.table.text) if part == TEXT else (self.table.text, self.table.width)
         cores, acting = self.active.flat(moment, start, stop), self.active.layers(moment)
-        rank, updates = self.active.rank(moment), {}
+        rank, updates = self.active.rank, {}
         if moment.regional:
             shares = self.active.shares(moment)
             self.field = Field(moment.columns, self.active.masks, shares)

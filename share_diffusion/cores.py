@@ -9,6 +9,7 @@ is room for them, so that a slider moves without touching coefficients again.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def frame(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor]:
 def spanned(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return left and rest of a few layers' cores, worked out in double precision: r random columns may lie badly."""
     double = cores.double()
-    beside = double.reshape(-1, *double.shape[-3:]).permute(1, 2, 0, 3).flatten(2)  # (layers, k, n)
+    beside = double.reshape(math.prod(double.shape[:-3]), *double.shape[-3:]).permute(1, 2, 0, 3).flatten(2)  # (layers, k, n)
     omega = torch.randn(beside.shape[-1], rank, generator=torch.Generator().manual_seed(0), dtype=double.dtype)
     left = torch.linalg.qr(beside @ omega).Q
     return left.to(cores), (left.mT @ double).to(cores)

@@ -422,6 +422,23 @@ def test_one_frame_serves_samples_and_regions(rank: int | None, monkeypatch: pyt
         assert error < 1e-6 if within else error > 0.1
 
 
+def test_cores_without_columns_on_one_side_are_framed() -> None:
+    left, rest = frame(torch.zeros(2, 1, 3, 20, 0), 16)
+    assert left is not None
+    assert (left.shape, rest.shape) == ((3, 20, 16), (2, 1, 3, 16, 0))
+
+
+@pytest.mark.parametrize(
+    ("blend", "rank"), [("ink[blocks=down,mid,up:0.5,text] + ink:0.1[steps=0..0.5]", 2), ("ink + neon[steps=0.5..1]", 4)]
+)
+def test_a_concept_counts_once_and_whenever_it_acts(
+    handle: Any, blend: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("share_diffusion.active.NARROW", (2, 4, 100))
+    handle.set_blend(blend)
+    assert handle.active.rank == rank
+
+
 def cores_of_rank(rank: int, layers: int, k: int, other: int, seed: int = 0) -> Tensor:
     """Random cores (layers, k, k'), that of the first layer zero."""
     generator, within = torch.Generator().manual_seed(seed), min(rank, k, other)

@@ -21,7 +21,7 @@ class Gate:
 def gates(study: Study) -> list[Gate]:
     """Return every gate of the plan with what was found."""
     rows = [row for row in study.rows if row["method"] != "base"]
-    active = [row["norm"] for row in rows if row["weight"] and row["norm"] != ""]
+    active = [row["norm"] for row in rows if row["weight"] == 1.0 and row["norm"] != ""]
     broken = sum(row["broken"] for row in study.rows if row["broken"] != "")
     inactive = [abs(row["loss"] - row["base_loss"]) for row in rows if row["weight"] == 0.0]
     return [

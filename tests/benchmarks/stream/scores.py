@@ -151,16 +151,18 @@ def facts(study: Study, method: str) -> dict[str, float | int | None]:
         values = present(measure(matrix) for matrix in matrices)
         return round(mean(values), digits) if values else None
 
-    own = present(final(matrix, last, judge) for matrix in study.complete("own_lora").values())
-    reference = mean(own) if own else None
-    judged = over(lambda matrix: final(matrix, last, judge))
+    own = {seed: final(matrix, last, judge) for (_, seed), matrix in study.complete("own_lora").items()}
+    judged = present(
+        shown / reference if (shown := final(matrix, last, judge)) is not None and (reference := own.get(seed)) else None
+        for (_, seed), matrix in study.complete(method).items()
+    )
     ends = [matrix.rows[last, matrix.names[last - 1]] for matrix in matrices]
     taught = lessons(study, method)
     steps = [steps_to(row, study.own.get((row["seed"], row["concept"]))) for row in taught if row["curve"]]
     quick = median(steps) if steps and not any(math.isnan(step) for step in steps) else None
     return {
         "normalised": over(lambda matrix: final(matrix, last, study.rho)),
-        "normalised_judge": round(judged / reference, 4) if judged is not None and reference else None,
+        "normalised_judge": round(mean(judged), 4) if judged else None,
         "forgetting": over(lambda matrix: forgetting(matrix, last, study.rho), 5),
         "forgetting_judge": over(lambda matrix: forgetting(matrix, last, judge)),
         "adherence": over(lambda matrix: final(matrix, last, adherence)),

@@ -54,13 +54,13 @@ class ShareStream:
         self.rate: float = options.pop("rate", RATE)
         self.decay: float = options.pop("decay", decay_for(self.rate, bench.plan.training.steps))
         self.begin: float = options.pop("begin", START)
+        self.modules = {path: module for path, module in bench.modules.items() if self.text_encoder or path.startswith("unet")}
         origin = options.pop("origin", "adapters")
         derived = Origin(origin, options.pop("derived_rank", 0), seed if origin == "random" else 0)
         if origin == "activations":
-            derived = measured(bench.pipeline, bench.modules, derived)
+            derived = measured(bench.pipeline, self.modules, derived)
         if options:
             raise ValueError(f"unknown settings of a Share stream: {', '.join(options)}")
-        self.modules = {path: module for path, module in bench.modules.items() if self.text_encoder or path.startswith("unet")}
         self.subspace = Subspace(base=bench.identity, origin=derived).cover(
             {path: bench.shapes[path] for path in self.modules}, bench.weights
         )
@@ -70,7 +70,7 @@ class ShareStream:
         """Learn a concept, merge it, and fine-tune it where asked."""
         number, before = len(self.subspace.concepts), stored(self.subspace)
         mode = self.start_mode if number < self.start else self.mode
-        seed = self.seed + 1_000 * number if self.own_seeds else self.seed
+        seed = self.seed + 1_000 * number if self.own_seeds and mode == "lora" else self.seed
         if mode == "lora" and self.text_encoder:
             lora, lesson = own_lora(self.bench, concept, seed)
         elif mode == "coefficients" and not self.learned_columns():  # then neither order nor earlier concepts have a say

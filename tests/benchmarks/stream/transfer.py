@@ -1,13 +1,14 @@
-"""Forward transfer against the null: does one basis teach a new concept better than a random one?
+"""One basis against a random one: does it teach a new concept better?
 
-Both arms train coefficients alone, on the same pictures and noise, in bases that do not change; they differ in where the
-columns come from. A difference is claimed only with its interval, over (seed, concept) pairs of one order each: what is
-learned in a derived basis is the same in every order, and counting it three times would narrow the interval for nothing.
+Both arms train coefficients alone, on the same pictures and noise, in bases that do not change. Columns learned from earlier
+concepts, at equal k and p, are forward transfer; columns measured on the base know nothing of other concepts, and differ from
+random ones also in how many each layer has. A difference is claimed only with its interval. A lesson counts once, not in
+every order, and seeds of one concept are averaged first: they are alike, and the concepts are what is drawn again.
 """
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from statistics import mean
 
 from stream.cells import Row
@@ -18,7 +19,7 @@ COMPARISONS = (
     ("share_coefficients", "share_random", "columns learned from three LoRAs", "as many random ones"),
     ("share", "share_seed", "columns measured on the base", "random ones"),
 )
-Pairs = list[tuple[dict[int, float], dict[int, float]]]  # normalised curves of both arms
+Pairs = list[tuple[str, dict[int, float], dict[int, float]]]  # a concept and the normalised curves of both arms
 
 
 def pairs(study: Study, ours: str, null: str) -> Pairs:
@@ -28,8 +29,8 @@ def pairs(study: Study, ours: str, null: str) -> Pairs:
     first = study.plan.methods[ours].get("start", 0)
     arms = [newest(study, name) for name in (ours, null)]
     shared = sorted(key for key in arms[0] if key in arms[1] and arms[0][key]["after"] > first)
-    both = [tuple(normalised_curve(study, arm[key]) for arm in arms) for key in shared]
-    return [(one, other) for one, other in both if one and other]
+    both = [(key[1], *(normalised_curve(study, arm[key]) for arm in arms)) for key in shared]
+    return [(name, one, other) for name, one, other in both if one and other]
 
 
 def newest(study: Study, method: str) -> dict[tuple[int, str], Row]:
@@ -44,10 +45,13 @@ def newest(study: Study, method: str) -> dict[tuple[int, str], Row]:
 
 
 def gain(both: Pairs, step: int) -> tuple[float, float, float] | None:
-    """Return the mean difference of the arms after so many steps, and its 95 % interval; None of fewer than two pairs."""
-    gaps = [ours.get(step, math.nan) - theirs.get(step, math.nan) for ours, theirs in both]
-    known = [gap for gap in gaps if not math.isnan(gap)]
-    return (mean(known), *interval(known)) if len(known) > 1 else None
+    """Return the mean difference of the arms after so many steps, and its 95 % interval; None of fewer than two concepts."""
+    gaps: dict[str, list[float]] = defaultdict(list)
+    for name, ours, theirs in both:
+        if step in ours and step in theirs:
+            gaps[name].append(ours[step] - theirs[step])
+    means = [mean(some) for some in gaps.values()]
+    return (mean(means), *interval(means)) if len(means) > 1 else None
 
 
 def transfer(study: Study) -> str:
@@ -59,15 +63,16 @@ def transfer(study: Study) -> str:
             continue
         seeds = len({seed for seed, _ in newest(study, ours)} & {seed for seed, _ in newest(study, null)})
         lines = [f"| after steps | `{ours}` | `{null}` | difference | 95 % interval |", "|---|---|---|---|---|"]
-        for step in sorted(both[0][0])[1:]:
+        for step in sorted(set.intersection(*(set(ours) & set(theirs) for _, ours, theirs in both)))[1:]:
             found = gain(both, step)
             if found:
-                means = [mean(pair[arm].get(step, math.nan) for pair in both) for arm in (0, 1)]
+                means = [mean(pair[arm][step] for pair in both) for arm in (1, 2)]
                 lines.append(
                     f"| {step} | {means[0]:.3f} | {means[1]:.3f} | {found[0]:+.3f} | {found[1]:+.3f} to {found[2]:+.3f} |"
                 )
+        concepts = len({name for name, *_ in both})
         out.append(
-            f"Coefficients alone in {what} against {against}: {len(both)} pairs of a concept and one of {seeds} seed(s), share "
-            "of the own LoRA's gain:\n\n" + "\n".join(lines)
+            f"Coefficients alone in {what} against {against}: {concepts} concepts, {seeds} seed(s), share of the own "
+            "LoRA's gain; the interval draws concepts:\n\n" + "\n".join(lines)
         )
     return "\n\n".join(out)
