@@ -113,11 +113,8 @@ class Active:
 
     def layers(self, moment: Moment) -> set[str]:
         """Return the layers that anything acts on at a moment."""
-        return set().union(*(self.touched[u] for u in self.acting(moment)))
-
-    def acting(self, moment: Moment) -> set[int]:
-        """Return the rows that act anywhere at a moment."""
-        return {u for columns in moment.weights for column in columns for u, weight in enumerate(column) if weight}
+        rows = {u for columns in moment.weights for column in columns for u, weight in enumerate(column) if weight}
+        return set().union(*(self.touched[u] for u in rows))
 
     @property
     def rank(self) -> int | None:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from share_diffusion.active import Active, Moment
 from share_diffusion.blend import Blend
-from share_diffusion.cores import CoreTable
+from share_diffusion.cores import CoreTable, frame, narrow
 from share_diffusion.layer import ShareLayer, Update, cast_update, wrap
 from share_diffusion.models.blocks import block_groups, sees_text
 from share_diffusion.models.calls import order_of_samples, progress, read_call
@@ -151,20 +151,22 @@ class AttachedSubspace(Attached):
         """
         if len(cores) > 1 and index is not None:
             cores = cores[index]
+        single = cores.shape[:2] == (1, 1)  # then the other factor goes into the other base
+        flat, factor = (cores[0, 0], narrow) if single else (cores, frame)
         found: dict[str, Update] = {}
-        sides = {path: self.bases[path] for path in acting}
-        for like in {(base.alpha.dtype, base.alpha.device): base.alpha for base in sides.values()}.values():
-            kind = like.dtype, like.device
-            mine = {path: base for path, base in sides.items() if (base.alpha.dtype, base.alpha.device) == kind}
-            if cores.shape[:2] == (1, 1):
-                narrowed = self.table.narrowed(cores[0, 0], rank, start, like)
-                found |= {path: folded(mine[path], left, right) for path, left, right in narrowed if path in mine}
-            else:
-                for path, left, rest in self.table.framed(cores, rank, start, like):
-                    if path in mine:
-                        middle = rest.flatten(1, 2)
-                        framed = folded(mine[path], left, None)
-                        found[path] = replace(framed, middle=(middle if len(middle) > 1 else middle[0],), where=where)
+        for paths, *factors in self.table.factored(flat, acting, rank, start, factor):
+            alphas = {(alpha.dtype, alpha.device): alpha for alpha in (self.bases[path].alpha for path in paths)}
+            cast = {kind: [None if side is None else side.to(like) for side in factors] for kind, like in alphas.items()}
+            for place, path in enumerate(paths):
+                base = self.bases[path]
+                sides = cast[base.alpha.dtype, base.alpha.device]
+                left, rest = (None if side is None else side[..., place, :, :] for side in sides)
+                if single or rest is None:
+                    found[path] = folded(base, left, rest)
+                else:
+                    middle = rest.flatten(1, 2)
+                    several = middle if len(middle) > 1 else middle[0]
+                    found[path] = replace(folded(base, left, None), middle=(several,), where=where)
         return found
 
     def watch(self) -> None:

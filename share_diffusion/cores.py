@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,6 +23,8 @@ from share_diffusion.subspace import Subspace
 
 ROOM = 2**28  # bytes of rows that are kept
 AT_ONCE = 2**22  # numbers that are narrowed at once, in double precision
+
+Factor = Callable[[Tensor, int | None], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -86,30 +88,18 @@ class CoreTable:
         for stack, cores in self.parts(flat, start):
             yield from zip(stack.layers, cores.unbind(-3), strict=True)
 
-    def narrowed(
-        self, flat: Tensor, rank: int | None, start: int, like: Tensor
-    ) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-        """Yield each layer with its (k, k') of a flat tensor (N) as left (k, r) @ right (r, k'), r as small as may be.
+    def factored(
+        self, flat: Tensor, layers: Collection[str], rank: int | None, start: int, factor: Factor
+    ) -> Iterator[tuple[list[str], Tensor | None, Tensor | None]]:
+        """Yield some layers of equal shape at a time, with the two factors of their (..., k, k') of a flat tensor (..., N).
 
-        `rank` bounds the rank of every core, None where nothing is known of it. A factor that would be the identity is None.
+        `factor` is `narrow` or `frame`, and `rank` the bound that it takes; no other layer is worked on.
         """
         for stack, cores in self.parts(flat, start):
-            sides = tuple(None if side is None else side.to(like) for side in narrow(cores, rank))
-            for index, layer in enumerate(stack.layers):
-                left, right = (None if side is None else side[index] for side in sides)
-                yield layer, left, right
-
-    def framed(self, flat: Tensor, rank: int | None, start: int, like: Tensor) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        """Yield each layer with its (..., k, k') of a flat tensor (..., N) as one left (k, r) for all, and (..., r, k').
-
-        `rank` bounds the rank of the span of all of a layer's cores, None where nothing is known of it; a left factor that
-        would be the identity is None.
-        """
-        for stack, cores in self.parts(flat, start):
-            left, rest = frame(cores, rank)
-            left, rest = None if left is None else left.to(like), rest.to(like)
-            for index, layer in enumerate(stack.layers):
-                yield layer, None if left is None else left[index], rest[..., index, :, :]
+            chosen = [index for index, layer in enumerate(stack.layers) if layer in layers]
+            if chosen:
+                some = cores if len(chosen) == len(stack.layers) else cores[..., chosen, :, :]
+                yield [stack.layers[index] for index in chosen], *factor(some, rank)
 
     def parts(self, flat: Tensor, start: int) -> Iterator[tuple[Stack, Tensor]]:
         """Yield the stacks that a flat tensor (..., N) holds from `start` on, with their cores (..., layers, k, k')."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from share_diffusion.attached import attach
 from share_diffusion.blend import Blend
-from share_diffusion.cores import frame, narrow
+from share_diffusion.cores import frame, narrow, spanned
 from share_diffusion.layer import ShareConv, ShareLinear, Update
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.identity import identify
@@ -393,6 +393,17 @@ def test_a_shared_blend_goes_through_few_columns(handle: Any, narrow: int, monke
             most = min(handle.subspace.layers[path].rank)
             for update in layer.updates:
                 assert update.alpha.shape[1] == update.beta.shape[1] == (min(narrow, most) if fits else most)
+
+
+@pytest.mark.parametrize("blend", ["ink[blocks=text]", "ink[blocks=mid]", "ink[blocks=mid region=left]"])
+def test_no_layer_is_worked_on_that_nothing_acts_on(handle: Any, blend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("share_diffusion.active.NARROW", (2,))
+    worked: list[int] = []
+    monkeypatch.setattr(
+        "share_diffusion.cores.spanned", lambda some, rank: worked.append(some.shape[-3]) or spanned(some, rank)
+    )
+    handle.set_blend(blend)
+    assert sum(worked) == sum(bool(layer.updates) for layer in handle.layers.values()) > 0
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 5), (2, 5, 9), (1, 6, 6)])
