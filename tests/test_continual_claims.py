@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from stream.cells import Table
 from stream.claims import claims, others, targets
 from stream.figures import adherence_and_identity, over_scales
-from stream.plan import Plan
-from stream.report import ablations
+from stream.plan import Plan, read_plan
+from stream.report import ablations, conclusions
 from stream.run import Stream
 from stream.scores import study
 from stream.transfer import gain, pairs, transfer
@@ -21,6 +21,7 @@ from stream.weights import Found, held, measure, merged, read, section, tail
 
 from share_diffusion.lora import Factors, LoRA
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 CURVE = "0:0.5 60:{:.2f} 120:{:.2f}"
 
 
@@ -44,10 +45,20 @@ def test_a_merge_with_room_loses_nothing_and_states_no_more_than_it_holds():
         assert stated <= true + 1e-6
 
 
+def test_a_merge_that_truncates_once_is_the_iterated_joint_fit():
+    loras = some_loras(2)  # the first alone fits into three columns
+    ours, bound = merged(loras, 3), held(loras, "hooi", 3)
+    assert [true for true, _ in ours.values()] == pytest.approx(list(bound.values()), abs=1e-6)
+    assert sum(bound.values()) > sum(held(loras, "joint", 3).values()) + 0.01
+
+
 def test_a_merge_one_by_one_is_near_the_joint_fit():
-    loras = some_loras(2)
-    ours, joint = merged(loras, 3), held(loras, "joint", 3)
-    assert sum(true for true, _ in ours.values()) == pytest.approx(sum(joint.values()), abs=0.02)
+    loras = some_loras(4)
+    lost = [
+        len(loras) - sum(shares)
+        for shares in ((true for true, _ in merged(loras, 4).values()), held(loras, "hooi", 4).values())
+    ]
+    assert 0.95 * lost[1] < lost[0] < 1.25 * lost[1]
 
 
 def test_a_fit_loses_its_tail_energy():
@@ -142,14 +153,21 @@ def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_pa
     short = {"kind": "own_lora", "rank": 1, "table": "Ranks", "stop": 1, "beside": ["own_lora", "share"], "about": "rank 1"}
     plan = replace(found.plan, methods={**found.plan.methods, "own_lora_r1": short})
     assert plan.digest("own_lora_r1") == found.plan.digest("own_lora_r1")  # its cells count
-    lines = ablations(study(plan, Table(tmp_path / "cells.csv"))).splitlines()
+    lines = ablations(study(plan, Table(tmp_path / "cells.csv")), tmp_path).splitlines()
     assert lines[2] == "### Ranks"
     assert [line.split(" | ")[:3] for line in lines[6:]] == [
         ["| `own_lora`", "1", "1.000"],
         ["| `share`", "1", "1.100"],
         ["| rank 1", "1", "0.950"],
     ]
-    assert ablations(found) == ""
+    assert ablations(found, tmp_path) == ""
+    (tmp_path / "conclusions.toml").write_text('Ranks = "One is enough."')
+    assert ablations(study(plan, Table(tmp_path / "cells.csv")), tmp_path).splitlines()[-2:] == ["", "One is enough."]
+
+
+def test_every_conclusion_is_of_a_table_of_the_plan():
+    tables = {method.get("table") for method in read_plan(BENCHMARKS / "continual.toml").methods.values()}
+    assert set(conclusions(BENCHMARKS / "results" / "continual")) <= tables
 
 
 def test_scales_are_measured_once_and_become_a_curve(tmp_path):

@@ -15,11 +15,11 @@ from stream.elsewhere import captions, digits, go_through
 @pytest.mark.parametrize("make", [digits, captions])
 def test_share_keeps_a_stream_of_tasks_that_a_sequential_lora_forgets(make):
     found = go_through(make())
-    own, share, single = (mean(found[kind].values()) for kind in ("own_lora", "share", "sequential_lora"))
+    own, single = (mean(found[kind].values()) for kind in ("own_lora", "sequential_lora"))
     assert own >= 0.9
-    assert share >= own - 0.15
-    assert single <= share - 0.3
-    assert found["share"] == found["share_when_learned"]  # not one answer changes while later tasks are learned
     assert found["base_untouched"]
-    assert found["retention"] >= 0.999 - 1e-6
-    assert found["concept_numbers"] <= found["lora_numbers"] / 2
+    for share in found["share"].values():
+        assert mean(share["at_the_end"].values()) >= max(own - 0.15, single + 0.3)
+        assert share["at_the_end"] == share["when_learned"]  # not one answer changes while later tasks are learned
+        assert share["retention"] >= 0.999 - 1e-6
+        assert share["numbers"] < found["loras_numbers"]

@@ -59,7 +59,8 @@ def work(plan: Plan, table: Table, arguments: argparse.Namespace, results: Path)
     if arguments.weights:
         measure({concept: own_lora(bench, concept, 0)[0] for concept in plan.concepts}, results / "weights.csv")
     if arguments.elsewhere:
-        found = {"digits, ViT": go_through(digits()), "captions, CLIP text encoder": go_through(captions())}
+        streams = {"digits, ViT": digits, "captions, CLIP text encoder": captions}
+        found = {name: [go_through(make(seed), seed) for seed in range(plan.seeds)] for name, make in streams.items()}
         (results / "elsewhere.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

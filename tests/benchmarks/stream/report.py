@@ -14,8 +14,8 @@ from stream import figures
 from stream.cells import Row, Table
 from stream.claims import claims, targets
 from stream.gates import Gate, gates
-from stream.plan import Plan
-from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, present, study
+from stream.plan import Plan, tomllib
+from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, judge, present, study
 from stream.transfer import transfer
 from stream.weights import read, section
 
@@ -89,7 +89,7 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         targets(found, summary["methods"], read(results / "weights.csv"), read_long(results)),
         "## The paper's claims, measured here",
         claims(found, summary["methods"], read(results / "weights.csv")),
-        ablations(found),
+        ablations(found, results),
         section(results / "weights.csv", results / "retention.png"),
         long_stream(results),
         elsewhere(results),
@@ -182,9 +182,9 @@ def figure(name: str, about: str, results: Path) -> str:
     return f"![{about}]({name})" if (results / name).exists() else ""
 
 
-def ablations(found: Study) -> str:
-    """Return one table for each `table` that the plan's methods name."""
-    methods = found.plan.methods
+def ablations(found: Study, results: Path) -> str:
+    """Return one table for each `table` that the plan's methods name, with what people concluded from it."""
+    methods, concluded = found.plan.methods, conclusions(results)
     out = []
     for title in dict.fromkeys(method["table"] for method in methods.values() if "table" in method):
         variants = [name for name, method in methods.items() if method.get("table") == title and reached(found, name)]
@@ -196,9 +196,16 @@ def ablations(found: Study) -> str:
                 if (row := ablation_row(found, beside, reached(found, name), f"`{beside}`")) not in known:
                     known.append(row)
             known.append(ablation_row(found, name, reached(found, name), methods[name].get("about", name)))
-        head = "| variant | concepts | score | forgetting | numbers in all | a further concept |"
-        out.append("\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|", *(row for row in known if row)]))
+        head = "| variant | concepts | score | forgetting | judge | numbers in all | a further concept |"
+        lines = [f"### {title}", "", head, "|---|" + "---|" * 6, *(row for row in known if row)]
+        out.append("\n".join([*lines, "", concluded[title]] if title in concluded else lines))
     return "## Ablations\n\n" + "\n\n".join(out) if out else ""
+
+
+def conclusions(results: Path) -> dict[str, str]:
+    """Return what people concluded from the ablations' tables, by title."""
+    file = results / "conclusions.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def reached(found: Study, name: str) -> int:
@@ -213,10 +220,14 @@ def ablation_row(found: Study, name: str, last: int, about: str) -> str:
     if one is None or not last or one.reached < last:
         return ""
     score, lost = final(one, last, found.rho), forgetting(one, last, found.rho)
+    own = found.matrices["own_lora"].get((0, 0)) if "own_lora" in found.matrices else None
+    theirs, accepted = final(own, last, judge) if own else None, final(one, last, judge)
+    pictures = accepted / theirs if accepted is not None and theirs else None
     end: Row = one.rows[last, one.names[last - 1]]
     if score is None:
         return ""
-    return f"| {about} | {last} | {score:.3f} | {shown(lost, 4)} | {count(end['numbers'])} | {count(end['concept_numbers'])} |"
+    cells = (f"{score:.3f}", shown(lost, 4), shown(pictures, 3), count(end["numbers"]), count(end["concept_numbers"]))
+    return f"| {about} | {last} | {' | '.join(cells)} |"
 
 
 def read_long(results: Path) -> dict[str, Any] | None:
@@ -252,13 +263,23 @@ def elsewhere(results: Path) -> str:
     file = results / "elsewhere.json"
     if not file.exists():
         return ""
-    kinds = ("base", "own_lora", "share_when_learned", "share", "sequential_lora")
-    out = ["## The same core elsewhere", "", "Mean accuracy over the tasks of a stream (`--elsewhere`):", ""]
-    out += [f"| stream | {' | '.join(kinds)} | numbers of a LoRA | of a concept |", "|---|" + "---|" * (len(kinds) + 2)]
-    for name, found in json.loads(file.read_text(encoding="utf-8")).items():
-        cells = [f"{mean(found[kind].values()):.3f}" for kind in kinds]
-        out.append(f"| {name} | {' | '.join(cells)} | {found['lora_numbers']:,} | {found['concept_numbers']:,.0f} |")
-    return "\n".join(out)
+    lines = ["| stream | what | accuracy, mean | worst task | forgotten | numbers in all |", "|---|---|---|---|---|---|"]
+    for name, runs in json.loads(file.read_text(encoding="utf-8")).items():
+        whole, tasks = runs[0]["loras_numbers"], len(runs[0]["base"])
+        for kind, numbers in (("base", 0), ("own_lora", whole), ("sequential_lora", whole // tasks)):
+            lines.append(f"| {name} | `{kind}` | {accuracy([run[kind] for run in runs])} | | {numbers:,} |")
+        for way in runs[0]["share"]:
+            ends, firsts = ([run["share"][way][when] for run in runs] for when in ("at_the_end", "when_learned"))
+            lost = mean(mean(first.values()) - mean(end.values()) for first, end in zip(firsts, ends, strict=True))
+            numbers = mean(run["share"][way]["numbers"] for run in runs)
+            lines.append(f"| {name} | Share, `{way}` | {accuracy(ends)} | {lost:.4f} | {numbers:,.0f} |")
+    head = "Accuracy over the tasks of a stream and three seeds (`--elsewhere`); bases and coefficients are counted:"
+    return "\n".join(["## The same core elsewhere", "", head, "", *lines])
+
+
+def accuracy(runs: Sequence[Mapping[str, float]]) -> str:
+    """Return mean and worst accuracy over tasks and seeds, as two cells."""
+    return f"{mean(mean(run.values()) for run in runs):.3f} | {min(min(run.values()) for run in runs):.3f}"
 
 
 def notes(results: Path) -> str:
