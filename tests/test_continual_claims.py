@@ -45,7 +45,8 @@ def test_a_merge_with_room_loses_nothing_and_states_no_more_than_it_holds():
         assert stated <= true + 1e-6
 
 
-def test_a_merge_that_truncates_once_is_the_iterated_joint_fit():
+def test_a_merge_that_truncates_once_is_the_iterated_joint_fit(monkeypatch):
+    monkeypatch.setattr("share_diffusion.merge.SWEEPS", 3)  # as many as the bound's
     loras = some_loras(2)  # the first alone fits into three columns
     ours, bound = merged(loras, 3), held(loras, "hooi", 3)
     assert [true for true, _ in ours.values()] == pytest.approx(list(bound.values()), abs=1e-6)
@@ -154,8 +155,8 @@ def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_pa
     plan = replace(found.plan, methods={**found.plan.methods, "own_lora_r1": short})
     assert plan.digest("own_lora_r1") == found.plan.digest("own_lora_r1")  # its cells count
     lines = ablations(study(plan, Table(tmp_path / "cells.csv")), tmp_path).splitlines()
-    assert lines[2] == "### Ranks"
-    assert [line.split(" | ")[:3] for line in lines[6:]] == [
+    assert lines[4] == "### Ranks"
+    assert [line.split(" | ")[:3] for line in lines[8:]] == [
         ["| `own_lora`", "1", "1.000"],
         ["| `share`", "1", "1.100"],
         ["| rank 1", "1", "0.950"],

@@ -64,11 +64,12 @@ def go_through(problem: Problem, seed: int = 0, ways: Sequence[str] = tuple(WAYS
     """Learn every task by own LoRAs, one sequential LoRA and Share in some ways; returns accuracies and stored numbers."""
     modules = select(problem.host, LINEAR)
     untouched = {name: accuracy(problem, task) for name, task in problem.tasks.items()}
-    own, single = {}, None
+    own, at_once, single = {}, {}, None
     for name, task in problem.tasks.items():
         alone = taught(problem, modules, Subspace(), task, Adaptation("lora", rank=4), seed)
         own[name] = with_lora(problem, alone.lora(), task)
         single = alone if single is None else taught(problem, modules, Subspace(), task, Adaptation("lora"), seed, single)
+        at_once[name] = with_lora(problem, single.lora(), task)
     assert single is not None
     shared = {way: share(problem, modules, WAYS[way], seed) for way in ways}
     forgotten = {name: with_lora(problem, single.lora(), task) for name, task in problem.tasks.items()}
@@ -77,7 +78,7 @@ def go_through(problem: Problem, seed: int = 0, ways: Sequence[str] = tuple(WAYS
         "base": untouched,
         "own_lora": own,
         "share": shared,
-        "sequential_lora": forgotten,
+        "sequential_lora": {"when_learned": at_once, "at_the_end": forgotten},
         "base_untouched": again == untouched,
         "loras_numbers": len(problem.tasks) * sum(4 * sum(shape_of(module)[0]) for module in modules.values()),
     }

@@ -3,7 +3,7 @@
 Everything is closed form on the own LoRAs of one seed. Fits, for one layer with updates dW_i = U_i S_i V_i^T:
 
     joint      left vectors of all U_i S_i side by side, each over its concept's norm: each side for itself
-    hooi       the same after three sweeps of higher-order orthogonal iteration (what the library fits), the bound
+    hooi       the same after three sweeps of higher-order orthogonal iteration (the library makes one): the best fit known
     unequal    the same without the norms
     raw        left vectors of the stacked factors as they come
     centred    of the stacked factors less their mean
