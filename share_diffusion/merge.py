@@ -328,14 +328,17 @@ def turned_to_each_other(
     return alpha, beta
 
 
-def leading(moment: Tensor, fixed: int, width: int) -> Tensor:
-    """Return the first `fixed` axes and the strongest of the rest that hold anything, `width` at most."""
-    rotation, energies = axes_of(moment, fixed)
+def leading(seen: Tensor, fixed: int, width: int) -> Tensor:
+    """Return the first `fixed` axes of a moment and the strongest of the rest that hold anything, `width` at most."""
+    rotation, energies = axes_of(seen, fixed)
     return rotation[:, : min(width, fixed + int((energies > 0).sum()))].clone()
 
 
 def relative_cores(name: str, frame: Frame, held: Mapping[str, Concept], norms: Mapping[str, float]) -> list[Coefficients]:
-    """Return every concept's core in a frame, over the concept's norm; the held ones in batches of equal rank."""
+    """Return every concept's core in a frame, over the concept's norm; the held ones in batches of equal rank.
+
+    They are made a layer at a time, and again for the sweeps: kept for all layers, hundreds of concepts would fill the memory.
+    """
     identity = torch.eye(frame.axes.rank[0], dtype=WORK)
     cores = [Coefficients(identity, core / max(norms[concept], 1e-30)) for concept, core in frame.cores.items()]
     ranks: dict[int, list[Coefficients]] = defaultdict(list)

@@ -23,3 +23,4 @@ def test_share_keeps_a_stream_of_tasks_that_a_sequential_lora_forgets(make):
         assert share["at_the_end"] == share["when_learned"]  # not one answer changes while later tasks are learned
         assert share["retention"] >= 0.999 - 1e-6
         assert share["numbers"] < found["loras_numbers"]
+        assert share["concept_numbers"] <= found["loras_numbers"] / len(found["base"]) / 2

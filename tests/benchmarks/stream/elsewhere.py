@@ -12,7 +12,7 @@ pipelines. A plain module only has to be given under a component's name, `Simple
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +60,8 @@ class Problem:
     batch: int = 32
 
 
-def go_through(problem: Problem, seed: int = 0, ways: Sequence[str] = tuple(WAYS)) -> dict[str, Any]:
-    """Learn every task by own LoRAs, one sequential LoRA and Share in some ways; returns accuracies and stored numbers."""
+def go_through(problem: Problem, seed: int = 0) -> dict[str, Any]:
+    """Learn every task by own LoRAs, one sequential LoRA and Share in all WAYS; returns accuracies and stored numbers."""
     modules = select(problem.host, LINEAR)
     untouched = {name: accuracy(problem, task) for name, task in problem.tasks.items()}
     own, at_once, single = {}, {}, None
@@ -71,7 +71,7 @@ def go_through(problem: Problem, seed: int = 0, ways: Sequence[str] = tuple(WAYS
         single = alone if single is None else taught(problem, modules, Subspace(), task, Adaptation("lora"), seed, single)
         at_once[name] = with_lora(problem, single.lora(), task)
     assert single is not None
-    shared = {way: share(problem, modules, WAYS[way], seed) for way in ways}
+    shared = {way: share(problem, modules, adaptation, seed) for way, adaptation in WAYS.items()}
     forgotten = {name: with_lora(problem, single.lora(), task) for name, task in problem.tasks.items()}
     again = {name: accuracy(problem, task) for name, task in problem.tasks.items()}
     return {

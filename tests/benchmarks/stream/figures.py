@@ -38,10 +38,11 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {**MAIN, **{name: OTHERS[index % len(OTHERS)] for index, name in enumerate(rest)}}
 
 
-def dashes(names: Sequence[str]) -> dict[str, str]:
-    """Return a line style for every method: where colours come round again, lines are dashed, then dotted."""
+def looks(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return colour and style of every method's line: where colours come round again, lines are dashed, then dotted."""
     rest = [name for name in names if name not in MAIN]
-    return {**dict.fromkeys(MAIN, "-"), **{name: STYLES[index // len(OTHERS) % len(STYLES)] for index, name in enumerate(rest)}}
+    styles = {name: STYLES[index // len(OTHERS) % len(STYLES)] for index, name in enumerate(rest)}
+    return {name: {"color": colour, "linestyle": styles.get(name, "-")} for name, colour in colours(names).items()}
 
 
 def plot(width: float, height: float, x: str, y: str) -> tuple[Figure, Axes]:
@@ -137,13 +138,13 @@ def quality_against_bytes(study: Study, summary: Mapping[str, Mapping[str, Any]]
 def learning_curves(study: Study, methods: Sequence[str], path: Path) -> None:
     """Draw the mean normalised score over training steps of the concepts after the first."""
     figure, axes = plot(8.5, 4.4, "training steps of one concept", "normalised score")
-    chosen, style = colours(methods), dashes(methods)
+    look = looks(methods)
     for name in methods:
         lines = [line for row in lessons(study, name) if row["curve"] and (line := normalised_curve(study, row))]
         if lines:
             shared = sorted(set.intersection(*(set(line) for line in lines)))
             heights = [mean(line[step] for line in lines) for step in shared]
-            axes.plot(shared, heights, color=chosen[name], linestyle=style[name], label=name)
+            axes.plot(shared, heights, label=name, **look[name])
     if axes.lines:
         axes.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
         axes.set_ylim(LOWEST, 1.1)
@@ -168,13 +169,12 @@ def over_the_stream(study: Study, methods: Sequence[str], path: Path) -> None:
     if last < 2:
         return
     figure, axes = plot(8.5, 4.4, "concepts learned", "mean normalised score of all so far")
-    chosen, style = colours(methods), dashes(methods)
+    look = looks(methods)
     for name in methods:
         points = [(after, scores_at(study, list(study.complete(name).values()), after)) for after in range(1, last + 1)]
         known = [(after, score) for after, score in points if score is not None]
         if len(known) > 1:
-            look = {"color": chosen[name], "linestyle": style[name], "marker": ".", "markersize": 5}
-            axes.plot(*zip(*known, strict=True), label=name, **look)
+            axes.plot(*zip(*known, strict=True), label=name, marker=".", markersize=5, **look[name])
     axes.set_ylim(LOWEST, 1.1)
     axes.set_xticks(range(1, last + 1))
     legend(axes)

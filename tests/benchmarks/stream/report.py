@@ -221,7 +221,7 @@ def ablation_row(found: Study, name: str, last: int, about: str) -> str:
     if one is None or not last or one.reached < last:
         return ""
     score, lost = final(one, last, found.rho), forgetting(one, last, found.rho)
-    own = found.matrices["own_lora"].get((0, 0)) if "own_lora" in found.matrices else None
+    own = found.matrices.get("own_lora", {}).get((0, 0))
     theirs, accepted = final(own, last, judge) if own else None, final(one, last, judge)
     pictures = accepted / theirs if accepted is not None and theirs else None
     end: Row = one.rows[last, one.names[last - 1]]
