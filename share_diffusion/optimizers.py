@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RATE = 1e-2  # of coefficients
+RATE = 2e-2  # of coefficients
 SHRINK = 1.2  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
 DECAYING = ("adamw", "adamw8bit")  # with a decay of their own where the arguments name none
 

@@ -78,7 +78,7 @@ def test_weights_are_told_from_their_csv(tmp_path):
     assert found.beyond_the_bound < 0.05
     assert found.overstated is not None
     assert found.overstated <= 1e-6
-    text = section(tmp_path / "weights.csv", tmp_path / "retention.png")
+    text = section(read(tmp_path / "weights.csv"), tmp_path / "retention.png")
     assert "| merged |" in text
     assert (tmp_path / "retention.png").exists()
     assert read(tmp_path / "absent.csv") is None

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
-from stream.plan import read_plan  # noqa: E402
+from stream.plan import METHOD_KEYS, read_plan  # noqa: E402
 from stream.separate import file_bytes, own_lora  # noqa: E402
 from stream.shared import FILE, ShareStream  # noqa: E402
 from stream.workbench import ROOT, Workbench  # noqa: E402
@@ -90,7 +90,7 @@ def main() -> None:
     names = stream(plan.concepts, arguments.most)
     bench = LongBench(plan, arguments.work / plan.name)
     later = replace(plan, training=replace(plan.training, steps=arguments.steps), measures=replace(plan.measures, curve=()))
-    settings = {key: plan.methods["share"][key] for key in ("mode", "origin", "derived_rank", "pseudo_rank")}
+    settings = {key: value for key, value in plan.methods["share"].items() if key not in METHOD_KEYS}
     method, rows = ShareStream(bench, 0, **settings), []
     for number, name in enumerate(names, start=1):
         bench.plan = plan if number <= FIRST else later

@@ -69,6 +69,7 @@ def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: 
 
 def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], results: Path) -> str:
     """Return the whole report."""
+    weights = read(results / "weights.csv")
     parts = [
         "# The continual benchmark",
         introduction(found, summary),
@@ -86,11 +87,11 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         figure("curves.png", "score over steps", results),
         transfer(found),
         "## What was to be reached",
-        targets(found, summary["methods"], read(results / "weights.csv"), read_long(results)),
+        targets(found, summary["methods"], weights, read_long(results)),
         "## The paper's claims, measured here",
-        claims(found, summary["methods"], read(results / "weights.csv")),
+        claims(found, summary["methods"], weights),
         ablations(found, results),
-        section(results / "weights.csv", results / "retention.png"),
+        section(weights, results / "retention.png"),
         long_stream(results),
         elsewhere(results),
         notes(results),

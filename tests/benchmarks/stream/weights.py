@@ -232,9 +232,8 @@ def read(file: Path) -> Found | None:
     return Found(dict(shares), dict(overlaps), error)
 
 
-def section(file: Path, figure: Path) -> str:
-    """Return the report's section and draw its figure, from the CSV alone."""
-    found = read(file)
+def section(found: Found | None, figure: Path) -> str:
+    """Return the report's section and draw its figure; nothing where nothing was measured."""
     if found is None:
         return ""
     energy_held(found.shares, figure)
