@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 RATE = 2e-2  # of coefficients
-SHRINK = 1.2  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
+SHRINK = 2.4  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
 DECAYING = ("adamw", "adamw8bit")  # with a decay of their own where the arguments name none
 
 KNOWN = {

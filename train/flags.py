@@ -106,7 +106,7 @@ class ConceptSettings:
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip
     optimizer_args: tuple[str, ...] = flag(
-        (), "its arguments, as weight_decay=0.5 fused=True (adamw decays by 1.2 / (rate x steps) by itself)"
+        (), "its arguments, as weight_decay=0.5 fused=True (adamw decays by 2.4 / (rate x steps) by itself)"
     )
     learning_rate: float = flag(RATE, "rate of the coefficients", aliases=("unet_lr",))
     factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")

@@ -23,13 +23,13 @@ from share_diffusion.basis import Basis, Coefficients
 from share_diffusion.calibration import measured
 from share_diffusion.capacity import Capacity
 from share_diffusion.lora import Factors, LoRA
-from share_diffusion.optimizers import decay_for
 from share_diffusion.packed import stored_bytes
 from share_diffusion.subspace import Origin, Subspace
 from stream.separate import kept, own_lora
 from stream.workbench import Lesson, Workbench
 
 FILE = "subspace.safetensors"
+DECAY = 1.0  # of what trains, where a plan names none
 
 
 class ShareStream:
@@ -52,7 +52,7 @@ class ShareStream:
         self.text_encoder: bool = options.pop("text_encoder", True)
         self.own_seeds: bool = options.pop("own_seeds", False)
         self.rate: float = options.pop("rate", bench.plan.training.rate)
-        self.decay: float = options.pop("decay", decay_for(self.rate, bench.plan.training.steps))
+        self.decay: float = options.pop("decay", DECAY)
         self.begin: float = options.pop("begin", START)
         self.modules = {path: module for path, module in bench.modules.items() if self.text_encoder or path.startswith("unet")}
         origin = options.pop("origin", "adapters")
