@@ -16,7 +16,7 @@ from stream.plan import Plan, read_plan
 from stream.report import ablations, conclusions
 from stream.run import Stream
 from stream.scores import study
-from stream.transfer import gain, pairs, transfer
+from stream.transfer import COMPARISONS, gain, pairs, transfer
 from stream.weights import Found, held, measure, merged, read, section, tail
 
 from share_diffusion.lora import Factors, LoRA
@@ -90,11 +90,13 @@ def a_study(folder: Path, orders: int = 3):
         "own_lora": {"kind": "own_lora"},
         "share": {"kind": "share", "orders": 3},
         "share_seed": {"kind": "share", "orders": 3},
+        "rate_1": {"kind": "share"},
         "sequential_lora": {"kind": "sequential"},
         "own_lora_r1": {"kind": "own_lora", "rank": 1},
     }
     plan, table = Plan("p", ("one", "two"), methods, orders=orders, seeds=1), Table(folder / "cells.csv")
     ends = {"own_lora": (0.3, 0.3), "share": (0.3, 0.28), "share_seed": (0.4, 0.32), "sequential_lora": (0.4, 0.35)}
+    ends["rate_1"] = ends["share"]
     for method in methods:
         for order, seed in plan.runs(method):
             for after in (1, 2):
@@ -122,6 +124,13 @@ def test_orders_that_teach_the_same_are_counted_once(tmp_path):
     assert pairs(found, "share", "nobody") == []
 
 
+def test_the_arms_of_a_comparison_learn_at_the_same_pace():
+    plan = read_plan(BENCHMARKS / "continual.toml")
+    for ours, null, *_ in COMPARISONS:
+        for key in ("mode", "pseudo_rank", "rate", "decay", "begin"):
+            assert plan.methods[ours].get(key) == plan.methods[null].get(key)
+
+
 def test_targets_name_who_is_ahead_and_who_dominates(tmp_path):
     found = a_study(tmp_path)
     line = {"normalised": 1.0, "normalised_judge": 1.0, "bytes_total": 100, "forgetting": 0.0, "forgetting_judge": 0.0}
@@ -146,7 +155,7 @@ def test_targets_name_who_is_ahead_and_who_dominates(tmp_path):
     told = claims(found, lines, replace(weights, overlaps={1: overlap(0.5), 2: overlap(1.0)}))
     assert "| a fit loses exactly its tail energy (Proposition 1, an identity) | `raw` | yes | within 1e-12 of it |" in told
     assert "after 1 of 2 | `joint` | no | inputs 0.50, outputs 0.50 |" in told
-    assert "not the paper: columns measured on the base against random ones | `share` | yes | +0.200" in told
+    assert "not the paper: columns measured on the base against random ones | `rate_1` | yes | +0.200" in told
 
 
 def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_path):
