@@ -194,7 +194,8 @@ def ablations(found: Study, results: Path) -> str:
         known: list[str] = []
         for name in variants:
             for beside in methods[name].get("beside", ()):
-                if (row := ablation_row(found, beside, reached(found, name), f"`{beside}`")) not in known:
+                label = f"`{beside}`" + (f", {methods[beside]['about']}" if "table" in methods[beside] else "")
+                if (row := ablation_row(found, beside, reached(found, name), label)) not in known:
                     known.append(row)
             known.append(ablation_row(found, name, reached(found, name), methods[name].get("about", name)))
         head = "| variant | concepts | score | forgetting | judge | numbers in all | a further concept |"
