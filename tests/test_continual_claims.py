@@ -13,7 +13,7 @@ from stream.cells import Table
 from stream.claims import claims, others, targets
 from stream.figures import adherence_and_identity, over_scales
 from stream.plan import Plan, read_plan
-from stream.report import ablations, conclusions
+from stream.report import ORDER, ablations, conclusions, orders
 from stream.run import Stream
 from stream.scores import study
 from stream.transfer import COMPARISONS, gain, pairs, transfer
@@ -177,7 +177,14 @@ def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_pa
 
 def test_every_conclusion_is_of_a_table_of_the_plan():
     tables = {method.get("table") for method in read_plan(BENCHMARKS / "continual.toml").methods.values()}
-    assert set(conclusions(BENCHMARKS / "results" / "continual")) <= tables
+    assert set(conclusions(BENCHMARKS / "results" / "continual")) <= tables | {ORDER}
+
+
+def test_every_order_has_its_score(tmp_path):
+    text = orders(a_study(tmp_path, orders=2), tmp_path)
+    assert "| `share` | 1.100 / 0.000 (1) | 1.100 / 0.000 (1) |" in text
+    assert "own_lora" not in text  # one order
+    assert orders(a_study(tmp_path / "one", orders=1), tmp_path) == ""
 
 
 def test_scales_are_measured_once_and_become_a_curve(tmp_path):

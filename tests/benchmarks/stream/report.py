@@ -23,6 +23,7 @@ KEYS = (
     *("normalised", "normalised_judge", "forgetting", "forgetting_judge", "adherence"),
     *("bytes_per_concept", "bytes_total", "trainable", "steps_to_95"),
 )
+ORDER = "Order of the stream"  # a table of the headline methods, not of the plan's ablations
 UNTRAINED = ("base", "compressed", "merged")  # made of own LoRAs that are there already
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
@@ -91,6 +92,7 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         "## The paper's claims, measured here",
         claims(found, summary["methods"], weights),
         ablations(found, results),
+        orders(found, results),
         section(weights, results / "retention.png"),
         long_stream(results),
         elsewhere(results),
@@ -203,6 +205,28 @@ def ablations(found: Study, results: Path) -> str:
         out.append("\n".join([*lines, "", concluded[title]] if title in concluded else lines))
     about = "Order 0, seed 0, no deviation known; pictures are 16 a concept, told as a share of the own LoRAs'."
     return "\n\n".join(["## Ablations", about, *out]) if out else ""
+
+
+def orders(found: Study, results: Path) -> str:
+    """Return what each order of the stream came to, for every method that went through several; means over seeds."""
+    last, numbers, lines = found.horizon, range(found.plan.orders), []
+    for name in found.plan.methods:
+        streams = found.complete(name)
+        if len({order for order, _ in streams}) < 2:
+            continue
+        cells = []
+        for number in numbers:
+            some = [one for (order, _), one in streams.items() if order == number]
+            scores, lost = (present(how(one, last, found.rho) for one in some) for how in (final, forgetting))
+            cells.append(f"{mean(scores):.3f} / {shown(mean(lost), 3)} ({len(some)})" if scores and lost else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    head = f"| method | {' | '.join(f'order {number}' for number in numbers)} |"
+    about = "Score after the last concept / forgetting (seeds):"
+    concluded = conclusions(results).get(ORDER, "")
+    body = "\n".join([head, "|---|" + "---|" * len(numbers), *lines])
+    return "\n\n".join(part for part in (f"### {ORDER}", about, body, concluded) if part)
 
 
 def conclusions(results: Path) -> dict[str, str]:
