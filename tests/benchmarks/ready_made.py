@@ -2,14 +2,13 @@
 
     python tests/benchmarks/ready_made.py
 
-The file was learned in columns of a seed (now `--basis random`), without weight decay and with starting columns of norm 1, the
-defaults of the day, by
+The file was learned with the defaults, each concept in a lesson of its own, as by
 
-    python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --workers 2 --no-sheet
+    python train/sequence.py --concepts watercolor robot blueprint owl neon teapot pixel ink --no-sheet
 
-and is `outputs/tiny/subspace.safetensors` of that run. Its bases come from a seed, so that every concept is, to the bit, what
-it was when it was learned. Writes results/ready_made.json, and results/ready_made.png: each concept's own sample
-prompts at the same seeds, with the untouched base and then with the concept.
+and is `outputs/tiny/subspace.safetensors` of that. Its columns were measured on the base and do not change, so that every
+concept is, to the bit, what it was when it was learned. Writes results/ready_made.json, and results/ready_made.png: each
+concept's own sample prompts at the same seeds, with the untouched base and then with the concept.
 """
 
 from __future__ import annotations
