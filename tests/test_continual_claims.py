@@ -163,16 +163,19 @@ def test_an_ablation_stands_beside_its_main_method_after_as_many_concepts(tmp_pa
     short = {"kind": "own_lora", "rank": 1, "table": "Ranks", "stop": 1, "beside": ["own_lora", "share"], "about": "rank 1"}
     plan = replace(found.plan, methods={**found.plan.methods, "own_lora_r1": short})
     assert plan.digest("own_lora_r1") == found.plan.digest("own_lora_r1")  # its cells count
-    lines = ablations(study(plan, Table(tmp_path / "cells.csv")), tmp_path).splitlines()
+    lines = ablations(study(plan, Table(tmp_path / "cells.csv")), {}).splitlines()
     assert lines[4] == "### Ranks"
     assert [line.split(" | ")[:3] for line in lines[8:]] == [
         ["| `own_lora`", "1", "1.000"],
         ["| `share`", "1", "1.100"],
         ["| rank 1", "1", "0.950"],
     ]
-    assert ablations(found, tmp_path) == ""
+    assert ablations(found, {}) == ""
     (tmp_path / "conclusions.toml").write_text('Ranks = "One is enough."')
-    assert ablations(study(plan, Table(tmp_path / "cells.csv")), tmp_path).splitlines()[-2:] == ["", "One is enough."]
+    assert ablations(study(plan, Table(tmp_path / "cells.csv")), conclusions(tmp_path)).splitlines()[-2:] == [
+        "",
+        "One is enough.",
+    ]
 
 
 def test_every_conclusion_is_of_a_table_of_the_plan():
@@ -181,10 +184,10 @@ def test_every_conclusion_is_of_a_table_of_the_plan():
 
 
 def test_every_order_has_its_score(tmp_path):
-    text = orders(a_study(tmp_path, orders=2), tmp_path)
+    text = orders(a_study(tmp_path, orders=2), {})
     assert "| `share` | 1.100 / 0.000 (1) | 1.100 / 0.000 (1) |" in text
     assert "own_lora" not in text  # one order
-    assert orders(a_study(tmp_path / "one", orders=1), tmp_path) == ""
+    assert orders(a_study(tmp_path / "one", orders=1), {}) == ""
 
 
 def test_scales_are_measured_once_and_become_a_curve(tmp_path):

@@ -16,7 +16,7 @@ from share_diffusion.loop import ORIGIN, TARGETS
 from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
-from share_diffusion.optimizers import RATE
+from share_diffusion.optimizers import RATE, SHRINK
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
 from share_diffusion.subspace import ORIGINS, Origin
@@ -106,7 +106,7 @@ class ConceptSettings:
     optimizer: str = flag("adamw", "adamw, adam, sgd, adafactor, adamw8bit, prodigy, lion or module:Class",
                           aliases=("optimizer_type",))  # fmt: skip
     optimizer_args: tuple[str, ...] = flag(
-        (), "its arguments, as weight_decay=0.5 fused=True (adamw decays by 2.4 / (rate x steps) by itself)"
+        (), f"its arguments, as weight_decay=0.5 fused=True (adamw decays by {SHRINK:g} / (rate x steps) by itself)"
     )
     learning_rate: float = flag(RATE, "rate of the coefficients", aliases=("unet_lr",))
     factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")

@@ -70,7 +70,7 @@ def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: 
 
 def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], results: Path) -> str:
     """Return the whole report."""
-    weights = read(results / "weights.csv")
+    weights, concluded = read(results / "weights.csv"), conclusions(results)
     parts = [
         "# The continual benchmark",
         introduction(found, summary),
@@ -91,8 +91,8 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         targets(found, summary["methods"], weights, read_long(results)),
         "## The paper's claims, measured here",
         claims(found, summary["methods"], weights),
-        ablations(found, results),
-        orders(found, results),
+        ablations(found, concluded),
+        orders(found, concluded),
         section(weights, results / "retention.png"),
         long_stream(results),
         elsewhere(results),
@@ -185,10 +185,9 @@ def figure(name: str, about: str, results: Path) -> str:
     return f"![{about}]({name})" if (results / name).exists() else ""
 
 
-def ablations(found: Study, results: Path) -> str:
+def ablations(found: Study, concluded: Mapping[str, str]) -> str:
     """Return one table for each `table` that the plan's methods name, with what people concluded from it."""
-    methods, concluded = found.plan.methods, conclusions(results)
-    out = []
+    methods, out = found.plan.methods, []
     for title in dict.fromkeys(method["table"] for method in methods.values() if "table" in method):
         variants = [name for name, method in methods.items() if method.get("table") == title and reached(found, name)]
         if not variants:
@@ -207,7 +206,7 @@ def ablations(found: Study, results: Path) -> str:
     return "\n\n".join(["## Ablations", about, *out]) if out else ""
 
 
-def orders(found: Study, results: Path) -> str:
+def orders(found: Study, concluded: Mapping[str, str]) -> str:
     """Return what each order of the stream came to, for every method that went through several; means over seeds."""
     last, numbers, lines = found.horizon, range(found.plan.orders), []
     for name in found.plan.methods:
@@ -224,9 +223,8 @@ def orders(found: Study, results: Path) -> str:
         return ""
     head = f"| method | {' | '.join(f'order {number}' for number in numbers)} |"
     about = "Score after the last concept / forgetting (seeds):"
-    concluded = conclusions(results).get(ORDER, "")
     body = "\n".join([head, "|---|" + "---|" * len(numbers), *lines])
-    return "\n\n".join(part for part in (f"### {ORDER}", about, body, concluded) if part)
+    return "\n\n".join(part for part in (f"### {ORDER}", about, body, concluded.get(ORDER)) if part)
 
 
 def conclusions(results: Path) -> dict[str, str]:
