@@ -1,28 +1,24 @@
-"""Facts about the continual benchmark: its scores in closed form, its table, its baselines, and a small stream end to end."""
+"""Facts about the continual benchmark: its scores in closed form, its table, its gates, and a small stream end to end."""
 
 import csv
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from stream.cells import Table, curve_of  # noqa: E402
 from stream.gates import gates  # noqa: E402
-from stream.plan import Plan, read_plan  # noqa: E402
+from stream.plan import Gates, Plan, read_plan  # noqa: E402
 from stream.report import write_report  # noqa: E402
 from stream.run import Chosen, steps  # noqa: E402
 from stream.scores import facts, final, forgetting, interval, learned, steps_to, study  # noqa: E402
-from stream.separate import average, core, dare, knots, rounded, ties  # noqa: E402
-from stream.shared import PaperStream  # noqa: E402
-
-from share_diffusion.lora import Factors, LoRA  # noqa: E402
 
 PLANS = sorted(BENCHMARKS.glob("continual*.toml"))
 
@@ -97,14 +93,69 @@ def test_steps_to_a_share_of_the_own_loras_gain():
     assert math.isinf(steps_to({"curve": "0:1.0 10:0.9 60:0.6"}, own))
 
 
+def weightless(plan: Plan, concept: str, loss: float) -> dict:
+    """A cell of Share at weight 0, where the base's loss is .5."""
+    key = {"settings": plan.digest("share"), "method": "share", "order": 0, "seed": 0, "after": 3, "concept": concept}
+    return {**key, "weight": 0.0, "loss": loss, "base_loss": 0.5}
+
+
 def test_an_unmeasured_or_broken_gate_makes_a_run_invalid(tmp_path):
     plan, table = made_up(tmp_path)
     assert not write_report(plan, table, tmp_path / "r")["valid"]  # the base's bits at weight 0 were not measured
-    key = {"settings": plan.digest("share"), "method": "share", "order": 0, "seed": 0, "after": 3, "concept": "one"}
-    table.add({**key, "weight": 0.0, "loss": 0.5, "base_loss": 0.5})
+    table.add(weightless(plan, "one", 0.5))
     assert write_report(plan, table, tmp_path / "r")["valid"]
-    table.add({**key, "concept": "two", "weight": 0.0, "loss": 0.5 + 1e-7, "base_loss": 0.5})
+    table.add(weightless(plan, "two", 0.5 + 1e-7))
     assert [gate.name for gate in gates(study(plan, table)) if not gate.holds] == ["change of the base's loss at weight 0"]
+
+
+BREAKS = {
+    "own LoRA: judge's share": lambda row: {"judge": 0.5} if row["method"] == "own_lora" else {},
+    "untouched base: judge's share": lambda row: {"judge": 0.5} if row["method"] == "base" else {},
+    "sequential LoRA: judge's share forgotten": lambda row: {"judge": 1.0} if row["method"] == "sequential_lora" else {},
+    "smallest norm of an update, above": lambda row: {"norm": math.nan} if row["method"] == "share" else {},
+    "blank, constant or NaN pictures": lambda row: {"broken": 1} if row["method"] == "share" else {},
+    "change of the base's loss at weight 0": lambda row: {"loss": math.nan} if row["weight"] == 0 else {},
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_every_gate_can_break_and_breaks_alone(name, tmp_path):
+    plan, whole = made_up(tmp_path)
+    whole.add(weightless(plan, "one", 0.5))
+    table = Table(tmp_path / "broken.csv")
+    for row in whole.rows.values():
+        table.add({**row, **BREAKS[name](row)})
+    assert [gate.name for gate in gates(study(plan, table)) if not gate.holds] == [name]
+
+
+LOSS_BREAKS = {
+    "own LoRA: least share of the base's loss removed": lambda row: {"loss": 0.499} if row["method"] == "own_lora" else {},
+    "sequential LoRA: normalised score forgotten": lambda row: {"loss": 0.3} if row["method"] == "sequential_lora" else {},
+    "Share: normalised score": lambda row: {"loss": 0.45} if row["method"] == "share" and row["weight"] else {},
+    "Share: forgetting": lambda row: {"loss": 0.31} if row["method"] == "share" and row["after"] == 3 and row["weight"] else {},
+}
+
+
+@pytest.mark.parametrize("name", LOSS_BREAKS)
+def test_every_gate_of_a_short_stream_can_break(name, tmp_path):
+    plan, whole = made_up(tmp_path)
+    plan = replace(plan, gates=Gates(own_lora=0.02, measure="loss"))
+    whole.add(weightless(plan, "one", 0.5))
+    assert all(gate.holds for gate in gates(study(plan, whole)))
+    table = Table(tmp_path / "broken.csv")
+    for row in whole.rows.values():
+        table.add({**row, **LOSS_BREAKS[name](row)})
+    assert name in [gate.name for gate in gates(study(plan, table)) if not gate.holds]
+
+
+def test_a_run_that_drew_nothing_has_not_shown_that_no_picture_is_blank(tmp_path):
+    plan, whole = made_up(tmp_path)
+    table = Table(tmp_path / "undrawn.csv")
+    for row in whole.rows.values():
+        table.add({**row, "judge": "", "adherence": "", "broken": ""})
+    broken = {gate.name: gate for gate in gates(study(plan, table))}["blank, constant or NaN pictures"]
+    assert broken.found is None
+    assert not broken.holds
 
 
 def test_the_summary_has_the_promised_keys_and_everything_is_made_again_from_the_csv(tmp_path):
@@ -140,10 +191,23 @@ def test_a_changed_plan_leaves_cells_of_the_old_one_out(tmp_path):
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plans_can_be_read_and_every_order_is_a_permutation(path):
     plan = read_plan(path)
-    assert {"own_lora", "share", "sequential_lora", "paper"} <= set(plan.methods)
+    assert {"own_lora", "share"} <= set(plan.methods)
     for order in range(3):
         assert sorted(plan.order(order)) == sorted(plan.concepts)
     assert plan.order(0) == plan.concepts
+
+
+def test_the_fresh_concepts_are_all_that_no_setting_was_chosen_on_and_run_at_the_settings_of_the_stream():
+    chosen, fresh = (read_plan(BENCHMARKS / f"{name}.toml") for name in ("continual", "continual_fresh"))
+    every = {path.stem for path in (BENCHMARKS.parents[1] / "configs/concepts").glob("*.toml")}
+    assert set(fresh.concepts) == every - set(chosen.concepts) - {"pixel"}
+    assert fresh.training == chosen.training
+    assert replace(fresh.measures, judged_after=()) == replace(chosen.measures, judged_after=())
+    for method in fresh.methods:
+        told = {"orders", "about", "scales", "seeds"}
+        assert {k: v for k, v in fresh.methods[method].items() if k not in told} == {
+            k: v for k, v in chosen.methods[method].items() if k not in told
+        }
 
 
 def test_an_unknown_key_of_a_plan_is_refused(tmp_path):
@@ -157,73 +221,6 @@ def test_an_interval_holds_the_mean_and_grows_with_the_spread():
     assert low < 0.25 < high
     wide = interval([-1.0, 0.0, 0.5, 1.5])
     assert wide[1] - wide[0] > high - low
-
-
-def updates(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def test_ties_keeps_agreeing_large_entries_only():
-    one, other = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.float64)
-    one[0, 0], other[0, 0] = 4.0, 2.0  # both agree: their mean
-    one[0, 1], other[0, 1] = 3.0, -1.0  # the sum elects plus: only the first counts
-    one[0, 2] = 2.0
-    one[0, 3], other[0, 3] = 1.0, 1.0
-    merged = ties(torch.stack([one, other]), 0)
-    assert merged[0].tolist() == [3.0, 3.0, 2.0, 1.0, 0.0]
-    assert not merged[1:].any()
-
-
-def test_merges_of_one_update_are_ties_of_it_in_some_frame():
-    matrix = updates(1, 6, 5)
-    assert torch.allclose(average(matrix, 0), matrix[0])
-    full = torch.linalg.matrix_norm(matrix[0])
-    for way in (knots, core):
-        assert torch.linalg.matrix_norm(way(matrix, 0)) <= full + 1e-9
-        assert way(matrix, 0).shape == (6, 5)
-
-
-def test_dare_keeps_the_mean_in_expectation():
-    matrix = updates(3, 4, 4)
-    mean = torch.stack([dare(matrix, seed) for seed in range(1000)]).mean(0)
-    assert torch.allclose(mean, matrix.mean(0), atol=0.15)
-
-
-def test_knots_is_exact_where_nothing_is_trimmed(monkeypatch):
-    monkeypatch.setattr("stream.separate.DENSITY", 1.0)
-    matrix = updates(1, 6, 5)
-    for way in (ties, knots, core):
-        assert torch.allclose(way(matrix, 0), matrix[0])
-
-
-def test_rounding_to_eight_bits_is_off_by_half_a_step_at_most():
-    matrix = updates(30, 4)
-    step = matrix.abs().amax(0) / 127
-    assert bool(((rounded(matrix, 0, 8) - matrix).abs() <= step / 2 + 1e-12).all())
-
-
-def papers(centred: bool, rank: int) -> tuple[PaperStream, dict[str, LoRA]]:
-    """The paper's merge of three LoRAs of rank 2 on one layer of 12 x 10, without a model."""
-    stream = PaperStream.__new__(PaperStream)
-    stream.rank, stream.centred, stream.bases, stream.concepts = rank, centred, {}, {}
-    loras = {
-        name: LoRA({"unet.a": Factors(updates(3, 12, 2)[index].float(), updates(3, 2, 10)[index].float())})
-        for index, name in enumerate("abc")
-    }
-    for name, lora in loras.items():
-        stream.merge(name, lora)
-    return stream, loras
-
-
-def test_the_papers_merge_is_exact_with_room_and_lossy_when_centred_or_cut():
-    def error(centred: bool, rank: int) -> float:
-        stream, loras = papers(centred, rank)
-        pairs = [(stream.update(name).layers["unet.a"].dense(), lora.layers["unet.a"].dense()) for name, lora in loras.items()]
-        return max(float((kept - true).norm() / true.norm()) for kept, true in pairs)
-
-    assert error(centred=False, rank=6) < 1e-5
-    assert error(centred=True, rank=5) > 0.05  # six directions, of which centring leaves five
-    assert error(centred=False, rank=3) > 0.05
 
 
 @pytest.mark.slow

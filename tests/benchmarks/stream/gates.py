@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -22,18 +24,25 @@ def gates(study: Study) -> list[Gate]:
     """Return every gate of the plan with what was found."""
     rows = [row for row in study.rows if row["method"] != "base"]
     active = [row["norm"] for row in rows if row["weight"] == 1.0 and row["norm"] != ""]
-    broken = sum(row["broken"] for row in study.rows if row["broken"] != "")
+    broken = [row["broken"] for row in study.rows if row["broken"] != ""]
     inactive = [abs(row["loss"] - row["base_loss"]) for row in rows if row["weight"] == 0.0]
     return [
         *(judged_gates(study) if study.plan.gates.measure == "judge" else loss_gates(study)),
-        at_least("smallest norm of an update, above", min(active, default=None), 1e-6),
-        at_most("blank, constant or NaN pictures", float(broken), 0.0),
-        at_most("change of the base's loss at weight 0", max(inactive, default=None), 0.0),
+        at_least("smallest norm of an update, above", worst(min, active), 1e-6),
+        at_most("blank, constant or NaN pictures", float(sum(broken)) if broken else None, 0.0),
+        at_most("change of the base's loss at weight 0", worst(max, inactive), 0.0),
     ]
 
 
+def worst(extreme: Callable[[Sequence[float]], float], values: Sequence[float]) -> float | None:
+    """Return the smallest or largest value, NaN where one is none, None of nothing."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return extreme(values) if values else None
+
+
 def judged_gates(study: Study) -> list[Gate]:
-    """Return the gates on what the judge sees."""
+    """Return the gates on what the judge sees, each where the plan has its method."""
     limits, last = study.plan.gates, study.horizon
 
     def diagonal(matrix: Matrix) -> float | None:
@@ -42,11 +51,14 @@ def judged_gates(study: Study) -> list[Gate]:
     def lost(matrix: Matrix) -> float | None:
         return forgetting(matrix, last, judge)
 
-    return [
-        at_least("own LoRA: judge's share", averaged(study, "own_lora", diagonal), limits.own_lora),
-        at_most("untouched base: judge's share", averaged(study, "base", diagonal), limits.base),
-        at_least("sequential LoRA: judge's share forgotten", averaged(study, "sequential_lora", lost), limits.drop),
-    ]
+    rows = {
+        "own_lora": at_least("own LoRA: judge's share", averaged(study, "own_lora", diagonal), limits.own_lora),
+        "base": at_most("untouched base: judge's share", averaged(study, "base", diagonal), limits.base),
+        "sequential_lora": at_least(
+            "sequential LoRA: judge's share forgotten", averaged(study, "sequential_lora", lost), limits.drop
+        ),
+    }
+    return [gate for method, gate in rows.items() if method in study.plan.methods]
 
 
 def loss_gates(study: Study) -> list[Gate]:

@@ -22,6 +22,7 @@ else:
     import tomli as tomllib
 
 NOT_IN_DIGEST = "kind orders seeds stop judge table beside weights scales pictures about"
+CONCEPTS = Path(__file__).resolve().parents[3] / "configs/concepts"
 METHOD_KEYS = set(NOT_IN_DIGEST.split())
 
 
@@ -113,6 +114,12 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(f"{path}: unknown keys: {', '.join(unknown)}")
     made = {name: kind(**frozen(values.pop(name, {}))) for name, kind in sections.items()}
     return Plan(**frozen(values), **made)
+
+
+def kind_of(concept: str) -> str:
+    """Return whether a concept is a style or a subject, as its file says; empty where there is none."""
+    file = CONCEPTS / f"{concept}.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))["kind"] if file.exists() else ""
 
 
 def frozen(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,24 @@ from statistics import mean
 from typing import Any
 
 from stream import figures
+from stream.breakdown import breakdown, headline
 from stream.cells import Row, Table
 from stream.claims import claims, targets
 from stream.gates import Gate, gates
 from stream.plan import Plan, tomllib
-from stream.scores import HEADLINE, Study, deviation, facts, final, forgetting, judge, present, study
+from stream.scores import (
+    HEADLINE,
+    Study,
+    deviation,
+    distinct,
+    facts,
+    final,
+    forgetting,
+    judge,
+    present,
+    relative_judge,
+    study,
+)
 from stream.transfer import transfer
 from stream.weights import read, section
 
@@ -57,15 +70,21 @@ def pairs_of_all(found: Study) -> set[tuple[int, int]]:
 
 def draw_figures(found: Study, lines: Mapping[str, Mapping[str, Any]], results: Path) -> None:
     """Draw every figure of the report."""
-    plain = [name for name in lines if name != "base" and "table" not in found.plan.methods[name]]
+    names = plain(found, lines)
     figures.heat_maps(found, ("share", "sequential_lora", "paper"), results / "matrices.png")
-    figures.quality_against_bytes(found, {name: lines[name] for name in plain}, results / "quality_bytes.png")
-    trained = [name for name in plain if found.plan.methods[name]["kind"] in ("own_lora", "share", "sequential", "paper")]
+    figures.quality_against_bytes(found, {name: lines[name] for name in names}, results / "quality_bytes.png")
+    kinds = {name: found.plan.methods[name]["kind"] for name in names}
+    trained = [name for name in names if kinds[name] in ("own_lora", "share", "sequential", "paper")]
     figures.learning_curves(found, trained, results / "curves.png")
-    figures.over_the_stream(found, plain, results / "stream.png")
-    figures.adherence_and_identity(found, plain, results / "scales.png")
-    shown = ("own_lora", "share", "sequential_lora", "paper")
+    figures.over_the_stream(found, [name for name in trained if kinds[name] != "own_lora"], results / "stream.png")
+    figures.adherence_and_identity(found, names, results / "scales.png")
+    shown = ("base", "own_lora", "share", "sequential_lora", "paper")
     figures.contact_sheet(found, shown, results / "pictures", results / "forgetting.png")
+
+
+def plain(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the methods that something was learned by and that are no variant of an ablation."""
+    return [name for name in lines if name != "base" and "table" not in found.plan.methods[name]]
 
 
 def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], results: Path) -> str:
@@ -78,12 +97,14 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         gate_table(checked),
         "## Methods",
         method_table(found, summary["methods"]),
+        breakdown(found, plain(found, summary["methods"])),
+        headline(found),
         figure("quality_bytes.png", "score against bytes", results),
         figure("stream.png", "score over the stream", results),
         figure("scales.png", "pictures that show the concept over adherence, at several scales of the weight", results),
         "## Every concept after every other",
         figure("matrices.png", "R: rows after each concept, columns concepts", results),
-        figure("forgetting.png", "the same seeds when learned and at the end", results),
+        figure("forgetting.png", "two prompts a concept at the same seeds: the base, when learned and at the end", results),
         "## Learning speed and transfer",
         figure("curves.png", "score over steps", results),
         transfer(found),
@@ -151,23 +172,34 @@ def method_table(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> str:
     for name, line in lines.items():
         if "table" in found.plan.methods[name]:
             continue
-        matrices = list(found.complete(name).values())
-        spread = deviation(present(final(one, found.horizon, found.rho) for one in matrices))
-        score = shown(line["normalised"], 3) + (f" ± {spread:.3f}" if spread is not None else "")
+        matrices, pairs, judged = found.complete(name), distinct(found, name), relative_judge(found, name)
+        score = spread(line["normalised"], present(final(matrices[pair], found.horizon, found.rho) for pair in pairs))
+        pictures = spread(line["normalised_judge"], [judged[pair] for pair in pairs if pair in judged])
+        streams = f"{len(matrices)}" + (f", {len(pairs)} distinct" if len(pairs) < len(matrices) else "")
         about = found.plan.methods[name].get("about", "")
         out.append(
-            f"| `{name}` | {len(matrices)} | {score} | {shown(line['forgetting'], 4)} | {shown(line['normalised_judge'], 3)} "
+            f"| `{name}` | {streams} | {score} | {shown(line['forgetting'], 4)} | {pictures} "
             f"| {shown(line['forgetting_judge'], 3)} | {shown(line['adherence'], 3)} | {count(line['bytes_per_concept'])} "
             f"| {count(line['bytes_total'])} | {count(line['trainable'])} | {count(line['steps_to_95'])} | {about} |"
         )
     note = (
-        "Score: share of the own LoRA's gain in held-out loss, mean over all concepts after the last one. Judge: the share of "
-        "pictures that show the concept, relative to the own LoRAs' share. Bytes count basis, coefficients and names: in "
-        "half precision, columns measured on the base in four bits and coefficients in such columns or in those of a seed in "
-        "eight; columns drawn from a seed or taken from the base's weights are stored nowhere. Steps to 95 %: the median over "
-        "concepts after the first, at the watched steps of a decaying learning rate; empty where most never get there."
+        "Score: share of the own LoRA's gain in held-out loss, mean over all concepts after the last one; below 0 it is worse "
+        "than the untouched base. Forgetting: how much of a concept's best score is gone at the end. Judge: the share of "
+        "pictures in which an independent classifier sees the concept, relative to the own LoRAs' share. Adherence: the share "
+        "of what a prompt asks for besides the concept that the classifier sees. Bytes: of Share's files whole, names "
+        "included, of LoRAs' as files, of the rest their numbers in half precision; columns measured on the base take four "
+        "bits and coefficients in such columns or in those of a seed eight; columns drawn from a seed or taken from the "
+        "base's weights are stored nowhere. Steps to 95 %: the median over concepts after the first, at the watched steps of "
+        "a decaying learning rate; empty where most never get there. ±: the standard deviation over distinct streams; where "
+        "bases never change, the orders of a seed come to the same, to the bit."
     )
     return "\n".join(out) + "\n\n" + note
+
+
+def spread(middle: float | None, values: Sequence[float]) -> str:
+    """Return a mean with the standard deviation of what it is of, as a cell."""
+    sigma = deviation(values)
+    return shown(middle, 3) + (f" ± {sigma:.3f}" if sigma is not None else "")
 
 
 def shown(value: float | None, digits: int) -> str:

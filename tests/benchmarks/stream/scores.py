@@ -151,14 +151,11 @@ def facts(study: Study, method: str) -> dict[str, float | int | None]:
         values = present(measure(matrix) for matrix in matrices)
         return round(mean(values), digits) if values else None
 
-    own = {seed: final(matrix, last, judge) for (_, seed), matrix in study.complete("own_lora").items()}
-    judged = present(
-        shown / reference if (shown := final(matrix, last, judge)) is not None and (reference := own.get(seed)) else None
-        for (_, seed), matrix in study.complete(method).items()
-    )
+    judged = list(relative_judge(study, method).values())
     ends = [matrix.rows[last, matrix.names[last - 1]] for matrix in matrices]
     taught = lessons(study, method)
-    steps = [steps_to(row, study.own.get((row["seed"], row["concept"]))) for row in taught if row["curve"]]
+    watched = [row for row in taught if row["curve"] and study.plan.methods[method]["kind"] != "merged"]  # else the LoRAs'
+    steps = [steps_to(row, study.own.get((row["seed"], row["concept"]))) for row in watched]
     quick = median(steps) if steps and not any(math.isnan(step) for step in steps) else None
     return {
         "normalised": over(lambda matrix: final(matrix, last, study.rho)),
@@ -171,6 +168,26 @@ def facts(study: Study, method: str) -> dict[str, float | int | None]:
         "trainable": whole(row["trainable"] for row in taught if row["trainable"] != ""),
         "steps_to_95": None if quick is None or math.isinf(quick) else int(quick),
     }
+
+
+def relative_judge(study: Study, method: str) -> dict[Pair, float]:
+    """Return the judge's share after the last concept over the own LoRAs' of the same seed, by (order, seed)."""
+    own = {seed: final(matrix, study.horizon, judge) for (_, seed), matrix in study.complete("own_lora").items()}
+    found = {}
+    for (order, seed), matrix in study.complete(method).items():
+        shown, reference = final(matrix, study.horizon, judge), own.get(seed)
+        if shown is not None and reference:
+            found[order, seed] = shown / reference
+    return found
+
+
+def distinct(study: Study, method: str) -> list[Pair]:
+    """Return one (order, seed) for every outcome of a method: where bases never change, orders of a seed are one."""
+    found: dict[tuple[int, tuple[float, ...]], Pair] = {}
+    for (order, seed), matrix in sorted(study.complete(method).items()):
+        losses = tuple(matrix.rows[study.horizon, name]["loss"] for name in sorted(matrix.names[: study.horizon]))
+        found.setdefault((seed, losses), (order, seed))
+    return list(found.values())
 
 
 def adherence(row: Row) -> float | None:

@@ -24,7 +24,9 @@ from stream.workbench import Lesson, Workbench
 
 DENSITY = 0.2  # share of an update's entries that TIES keeps (its authors' value)
 DROP = 0.5  # share of entries that DARE drops
-SCALES = (0.1, 0.3, 1.0, 3.0)  # of the mean, tried on the training pictures
+NOTHING = 1e-8  # of a layer's largest singular value: directions below are rounding
+
+Updates = dict[str, Tensor]  # by layer (concepts, out, in), in double precision; merged (out, in)
 
 
 def own_lora(
@@ -136,8 +138,8 @@ class OwnLoRA:
 class CompressedLoRA(OwnLoRA):
     """Own LoRAs made small after training: a truncated SVD to `keep` ranks, then `bits` bits per number."""
 
-    def __init__(self, bench: Workbench, seed: int, keep: int | None = None, bits: int = 16) -> None:
-        super().__init__(bench, seed)
+    def __init__(self, bench: Workbench, seed: int, keep: int | None = None, bits: int = 16, rank: int | None = None) -> None:
+        super().__init__(bench, seed, rank)
         self.keep, self.bits = keep, bits
 
     def learn(self, concept: str) -> Lesson:
@@ -173,13 +175,17 @@ def rounded(matrix: Tensor, side: int, bits: int) -> Tensor:
 
 
 class MergedLoRA(OwnLoRA):
-    """Separate LoRAs merged into one update for all concepts; its scale is the best of a few on the training pictures."""
+    """Separate LoRAs merged into one update for all concepts; its scale is the best of those `tried`, multiples of the mean.
+
+    The best is the one with the largest mean over the concepts of (L_base - L) / (L_base - L_own), as the score, but on
+    the training pictures.
+    """
 
     every_step = False
 
-    def __init__(self, bench: Workbench, seed: int, way: str = "average") -> None:
+    def __init__(self, bench: Workbench, seed: int, way: str = "average", tried: Sequence[float] = (0.3, 1.0, 3.0)) -> None:
         super().__init__(bench, seed)
-        self.way, self.merged = way, (0, LoRA({}))
+        self.way, self.tried, self.merged = way, tuple(tried), (0, LoRA({}))
 
     def update(self, concept: str) -> LoRA:
         """Return the one update for all."""
@@ -188,23 +194,39 @@ class MergedLoRA(OwnLoRA):
         return self.merged[1]
 
     def tuned(self) -> LoRA:
-        """Return the merge at the scale with the lowest training loss over the concepts."""
-        mean = {path: WAYS[self.way](self.stacked(path), self.seed) for path in self.bench.shapes}
-        options = [self.as_lora(mean, scale) for scale in SCALES]
-        return min(options, key=lambda lora: sum(self.bench.training_loss(lora, concept) for concept in self.loras))
+        """Return the merge at the best scale."""
+        merged, lost = WAYS[self.way](self.updates(), self.seed), self.bench.training_loss
+        bounds = {name: (lost(None, name), lost(lora, name)) for name, lora in self.loras.items()}
 
-    def stacked(self, path: str) -> Tensor:
-        """Return one layer's updates over the concepts, (concepts, out, in); a convolution's as a matrix."""
-        return torch.stack([lora.layers[path].dense().double().flatten(1) for lora in self.loras.values()])
+        def gain(lora: LoRA) -> float:
+            return sum((base - lost(lora, name)) / (base - own) for name, (base, own) in bounds.items())
 
-    def as_lora(self, mean: dict[str, Tensor], scale: float) -> LoRA:
+        return max((self.as_lora(merged, scale) for scale in self.tried), key=gain)
+
+    def updates(self) -> Updates:
+        """Return the LoRAs as dense updates; a convolution's as a matrix."""
+        loras = self.loras.values()
+        return {path: torch.stack([product(lora.layers[path]) for lora in loras]) for path in self.bench.shapes}
+
+    def as_lora(self, merged: Updates, scale: float) -> LoRA:
         """Return dense updates as a LoRA of full rank."""
-        return LoRA({path: full_rank(scale * matrix.float(), self.bench.shapes[path][1]) for path, matrix in mean.items()})
+        return LoRA({path: full_rank(scale * matrix.float(), self.bench.shapes[path][1]) for path, matrix in merged.items()})
 
     def costs(self) -> tuple[int, int, int]:
-        """Return what the merged matrices store."""
-        total = sum(out * width for (out, width), _ in self.bench.shapes.values())
+        """Return what the merge stores: dense matrices, or factors where its rank is the LoRAs' together and they are less."""
+        sizes, loras = [shape for shape, _ in self.bench.shapes.values()], self.loras.values()
+        ranks = [sum(lora.layers[path].rank for lora in loras) for path in self.bench.shapes]
+        narrow = self.way in LOW_RANK
+        total = sum(
+            min(out * width, rank * (out + width)) if narrow else out * width
+            for (out, width), rank in zip(sizes, ranks, strict=True)
+        )
         return total, 0, 2 * total
+
+
+def product(factors: Factors) -> Tensor:
+    """Return up @ down (out, in) in double precision, in which its rank can be told."""
+    return factors.up.double() @ factors.down.double()
 
 
 def full_rank(matrix: Tensor, kernel: tuple[int, int] | None) -> Factors:
@@ -213,41 +235,54 @@ def full_rank(matrix: Tensor, kernel: tuple[int, int] | None) -> Factors:
     return Factors(torch.eye(out), matrix, kernel) if out <= width else Factors(matrix, torch.eye(width), kernel)
 
 
-def average(updates: Tensor, seed: int) -> Tensor:
+def average(updates: Updates, seed: int) -> Updates:
     """Return the mean of the updates (task arithmetic, up to the scale)."""
-    return updates.mean(0)
+    return {path: stack.mean(0) for path, stack in updates.items()}
 
 
-def ties(updates: Tensor, seed: int) -> Tensor:
-    """Trim every update to its largest entries, elect a sign per entry, and average what agrees (arXiv 2306.01708)."""
-    count = max(1, int(DENSITY * updates[0].numel()))
-    least = updates.abs().flatten(1).topk(count, dim=1).values[:, -1]
-    kept = torch.where(updates.abs() >= least.view(-1, *[1] * (updates.ndim - 1)), updates, 0)
+def ties(updates: Updates, seed: int) -> Updates:
+    """Trim every update to its largest entries, elect a sign per entry, and average what agrees (arXiv 2306.01708).
+
+    An entry is large or not among all layers of its update, as in the authors' code.
+    """
+    sizes = torch.cat([stack.abs().flatten(1) for stack in updates.values()], dim=1)
+    least = sizes.topk(max(1, int(DENSITY * sizes.shape[1])), dim=1).values[:, -1]
+    return {path: elected(torch.where(stack.abs() >= least[:, None, None], stack, 0)) for path, stack in updates.items()}
+
+
+def elected(kept: Tensor) -> Tensor:
+    """Return the mean of the entries (concepts, out, in) that have the sign of their sum; 0 is no entry."""
     agree = kept * kept.sum(0).sign() > 0
     return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-def dare(updates: Tensor, seed: int) -> Tensor:
+def dare(updates: Updates, seed: int) -> Updates:
     """Drop entries at random, rescale the rest, then average (arXiv 2311.03099)."""
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(updates.shape, generator=generator) >= DROP
-    return (updates * mask / (1 - DROP)).mean(0)
+    masks = {path: torch.rand(stack.shape, generator=generator) >= DROP for path, stack in updates.items()}
+    return {path: (stack * masks[path] / (1 - DROP)).mean(0) for path, stack in updates.items()}
 
 
-def knots(updates: Tensor, seed: int) -> Tensor:
-    """Align the updates by the SVD of all side by side, then TIES on the right parts (KnOTS, arXiv 2410.19735)."""
-    wide = torch.cat(list(updates), dim=1)
-    left, values, right = torch.linalg.svd(wide, full_matrices=False)
-    parts = (values[:, None] * right).unflatten(1, (len(updates), -1)).transpose(0, 1)
-    return left @ ties(parts.contiguous(), seed)
+def knots(updates: Updates, seed: int) -> Updates:
+    """Align the updates by the SVD of all side by side, then TIES on singular values times right parts (arXiv 2410.19735)."""
+    lefts = {path: spanning(stack) for path, stack in updates.items()}
+    merged = ties({path: left.mT @ updates[path] for path, left in lefts.items()}, seed)
+    return {path: left @ merged[path] for path, left in lefts.items()}
 
 
-def core(updates: Tensor, seed: int) -> Tensor:
+def core(updates: Updates, seed: int) -> Updates:
     """Merge by TIES in the core between the reference bases of all updates (Core Space, arXiv 2509.17786)."""
-    left = torch.linalg.svd(torch.cat(list(updates), dim=1), full_matrices=False)[0]
-    right = torch.linalg.svd(torch.cat(list(updates.mT), dim=1), full_matrices=False)[0]
-    return left @ ties(left.mT @ updates @ right, seed) @ right.mT
+    sides = {path: (spanning(stack), spanning(stack.mT)) for path, stack in updates.items()}
+    merged = ties({path: left.mT @ updates[path] @ right for path, (left, right) in sides.items()}, seed)
+    return {path: left @ merged[path] @ right.mT for path, (left, right) in sides.items()}
+
+
+def spanning(stack: Tensor) -> Tensor:
+    """Return the left singular vectors (out, r) of updates (concepts, out, in) side by side, no more than they have ranks."""
+    left, values, _ = torch.linalg.svd(torch.cat(list(stack), dim=1), full_matrices=False)
+    return left[:, values > NOTHING * values[0]]
 
 
 WAYS = {"average": average, "ties": ties, "dare": dare, "knots": knots, "core": core}
+LOW_RANK = ("average", "knots", "core")  # ways whose result has no more ranks than the LoRAs together
 __all__: Sequence[str] = ("CompressedLoRA", "MergedLoRA", "OwnLoRA", "UntouchedBase", "own_lora")

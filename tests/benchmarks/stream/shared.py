@@ -195,8 +195,10 @@ class PaperStream:
         temporary_rank: int = 2,
         centred: bool = True,
         finetune: int = 0,
+        rate: float | None = None,
     ) -> None:
         self.bench, self.seed, self.rank, self.centred, self.finetune_steps = bench, seed, basis_rank, centred, finetune
+        self.rate = rate or bench.plan.training.factor_rate  # of the temporary factors
         self.adaptation = Adaptation("temporary", pseudo_rank, temporary_rank, bench.plan.training.rank)
         self.bases: dict[str, Basis] = {}
         self.concepts: dict[str, dict[str, Coefficients]] = {}
@@ -209,7 +211,7 @@ class PaperStream:
             lora, lesson = own_lora(self.bench, concept, self.seed)
         else:
             learner = make_learner(self.bench.modules, self.bases, self.adaptation, {}, self.seed)
-            rates = (training.rate, training.factor_rate)
+            rates = (training.rate, self.rate)
             lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, self.seed), rates)
             lora = learner.lora()
         started = time.perf_counter()

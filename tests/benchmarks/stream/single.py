@@ -28,14 +28,24 @@ FISHER_BATCHES = 8
 
 
 class SequentialLoRA:
-    """One LoRA, trained on one concept after another, with or without a guard against forgetting."""
+    """One LoRA, trained on one concept after another, with or without a guard against forgetting.
+
+    `rate` is that of the second concept and on; the first one is an ordinary LoRA at the plan's rate.
+    """
 
     every_step = True
 
     def __init__(
-        self, bench: Workbench, seed: int, guard: str = "none", strength: float = 0.0, kept: int = 4, rank: int | None = None
+        self,
+        bench: Workbench,
+        seed: int,
+        guard: str = "none",
+        strength: float = 0.0,
+        kept: int = 4,
+        rate: float | None = None,
     ) -> None:
         self.bench, self.seed, self.guard, self.strength, self.kept = bench, seed, guard, strength, kept
+        self.rate = rate or bench.plan.training.lora_rate
         self.concepts: list[str] = []
         self.lora = LoRA({})
         self.fisher: dict[str, Tensor] = {}
@@ -48,7 +58,7 @@ class SequentialLoRA:
         else:
             learner = self.beside() if self.guard == "c_lora" else self.continued()
             training = self.bench.plan.training
-            rates = (training.rate, training.lora_rate)
+            rates = (training.rate, self.rate)
             lesson = self.bench.teach(learner, concept, self.batches(concept), rates, penalty=self.penalty(learner))
             self.lora = learner.lora()
         self.concepts.append(concept)
