@@ -204,7 +204,7 @@ def test_the_fresh_concepts_are_all_that_no_setting_was_chosen_on_and_run_at_the
     assert fresh.training == chosen.training
     assert replace(fresh.measures, judged_after=()) == replace(chosen.measures, judged_after=())
     for method in fresh.methods:
-        told = {"orders", "about", "scales", "seeds"}
+        told = {"orders", "about", "scales", "seeds", "pictures"}
         assert {k: v for k, v in fresh.methods[method].items() if k not in told} == {
             k: v for k, v in chosen.methods[method].items() if k not in told
         }

@@ -166,7 +166,7 @@ def test_c_lora_starts_at_the_sum_of_the_earlier_and_keeps_off_what_they_changed
         new.beta += 1
     change = new.beta @ new.alpha.mT
     asked = 3.0 * (past.abs() / past.abs().max() * change).square().sum()
-    assert penalty(learner).item() == pytest.approx(float(asked), rel=1e-5)
+    assert penalty(learner).item() == pytest.approx(asked.item(), rel=1e-5)
 
 
 def test_replay_gives_half_of_every_batch_to_kept_pictures_of_earlier_concepts():
