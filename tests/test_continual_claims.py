@@ -9,16 +9,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+from stream.breakdown import breakdown, headline
 from stream.cells import Table
 from stream.claims import claims, others, targets
 from stream.figures import adherence_and_identity, over_scales
 from stream.plan import Plan, read_plan
 from stream.report import ORDER, ablations, conclusions, orders
 from stream.run import Stream
-from stream.scores import study
+from stream.scores import distinct, study
+from stream.shared import DECAY
 from stream.transfer import COMPARISONS, gain, pairs, transfer
 from stream.weights import Found, held, measure, merged, read, section, tail
 
+from share_diffusion.adapt import START
 from share_diffusion.lora import Factors, LoRA
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -126,9 +129,10 @@ def test_orders_that_teach_the_same_are_counted_once(tmp_path):
 
 def test_the_arms_of_a_comparison_learn_at_the_same_pace():
     plan = read_plan(BENCHMARKS / "continual.toml")
+    usual = {"rate": plan.training.rate, "decay": DECAY, "begin": START}
     for ours, null, *_ in COMPARISONS:
         for key in ("mode", "pseudo_rank", "rate", "decay", "begin"):
-            assert plan.methods[ours].get(key) == plan.methods[null].get(key)
+            assert plan.methods[ours].get(key, usual.get(key)) == plan.methods[null].get(key, usual.get(key))
 
 
 def test_targets_name_who_is_ahead_and_who_dominates(tmp_path):
@@ -217,3 +221,33 @@ def test_scales_are_measured_once_and_become_a_curve(tmp_path):
 def overlap(value: float) -> dict[str, float]:
     """Both sides' overlap."""
     return {"overlap alpha": value, "overlap beta": value}
+
+
+def test_a_mean_is_told_apart_by_kind_and_pooled_by_what_there_is_to_gain(tmp_path):
+    methods = {"own_lora": {"kind": "own_lora"}, "share": {"kind": "share"}}
+    plan, table = Plan("p", ("watercolor", "owl"), methods), Table(tmp_path / "cells.csv")
+    for method, left in (("own_lora", (0.2, 0.06)), ("share", (0.26, 0.12))):  # of gains .3 and .04
+        for after in (1, 2):
+            for concept, base, loss in zip(plan.concepts[:after], (0.5, 0.1), left, strict=False):
+                row = {"settings": plan.digest(method), "method": method, "order": 0, "seed": 0, "after": after}
+                row |= {"concept": concept, "weight": 1.0, "base_loss": base, "loss": loss, "judge": 0.5}
+                table.add({**row, "learned": plan.concepts[after - 1]})
+    found = study(plan, table)
+    text = breakdown(found, ["share"])
+    assert "| styles (1) | subjects (1) | pooled |" in text
+    assert f"| `share` | 0.150 | 0.150 | 0.800 | -0.500 | {(0.24 - 0.02) / 0.34:.3f} |" in text
+    assert "| `share` - `own_lora` | 1 | -0.850 (-1.500 to -0.200) | +0.000 (+0.000 to +0.000) |" in headline(found)
+
+
+def test_orders_that_come_to_the_same_are_one_stream(tmp_path):
+    found = a_study(tmp_path)
+    assert len(found.complete("share")) == 3
+    assert distinct(found, "share") == [(0, 0)]
+
+
+def test_steps_that_are_never_reached_are_told_from_those_that_were_not_watched(tmp_path):
+    line = {"normalised": 1.0, "normalised_judge": 1.0, "bytes_total": 100, "forgetting": 0.0, "forgetting_judge": 0.0}
+    line |= {"adherence": 0.7, "bytes_per_concept": 1, "trainable": 7, "steps_to_95": None}
+    found = a_study(tmp_path)
+    assert "| steps to 95 % / the budget | never | <= 0.5 | **no** |" in targets(found, {"share": line})
+    assert "| steps to 95 % / the budget | not measured |" in targets(found, {"share": {**line, "trainable": None}})

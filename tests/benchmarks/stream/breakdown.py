@@ -27,7 +27,7 @@ def breakdown(study: Study, methods: Iterable[str]) -> str:
     if not set(KINDS) <= set(kinds.values()):
         return ""
     counts = [sum(kind == wanted for kind in kinds.values()) for wanted in KINDS]
-    head = f"| method | when learned | after the last | {counts[0]} styles | {counts[1]} subjects | pooled |"
+    head = f"| method | when learned | after the last | styles ({counts[0]}) | subjects ({counts[1]}) | pooled |"
     lines = [head, "|---|" + "---|" * 5]
     for name in methods:
         matrices, last = list(study.complete(name).values()), study.horizon

@@ -134,11 +134,11 @@ def claims(study: Study, lines: Lines, weights: Found | None = None) -> str:
         if (steps := ours["steps_to_95"]) is not None and (alone := lines["own_lora"]["steps_to_95"]):
             claim = "quicker than a LoRA to 95 % of its gain"
             rows.append((claim, name, yes(steps < alone), f"{steps} steps, the LoRA {alone}"))
-    for ours, null, what, _ in COMPARISONS:
+    for ours, null, what, against in COMPARISONS:
         found = gain(pairs(study, ours, null), study.plan.training.steps)
         if found:
             transferred = study.plan.methods[ours].get("start", 0)  # other columns know nothing of earlier concepts
-            claim = f"{'forward transfer: ' if transferred else 'not the paper: '}{what} against random ones"
+            claim = f"{'forward transfer: ' if transferred else 'not the paper: '}{what} against {against}"
             rows.append((claim, ours, yes(found[1] > 0), f"{found[0]:+.3f}, 95 % {found[1]:+.3f} to {found[2]:+.3f}"))
     if weights and weights.tail is not None:
         claim = "a fit loses exactly its tail energy (Proposition 1, an identity)"

@@ -1,4 +1,4 @@
-"""Methods that keep all concepts in one shared subspace: Share as it is here, and the paper's recipe to the letter.
+"""Methods that keep all concepts in one shared subspace: Share as it is here, and the paper's recipe.
 
 `ShareStream` does what `train/concept.py` does, through a saved file after every concept. `PaperStream` follows arXiv
 2602.06043, section 3, with what its authors' code does where the text is silent: raw factors stacked, centred, a fixed

@@ -17,6 +17,7 @@ from stream.scores import Study, interval
 
 COMPARISONS = (
     ("share_coefficients", "share_random", "columns learned from three LoRAs", "as many random ones"),
+    ("share_coefficients", "columns_24", "columns learned from three LoRAs", "about as many measured on the base"),
     ("rate_1", "share_seed", "columns measured on the base", "random ones"),  # at equal rate
 )
 Pairs = list[tuple[str, dict[int, float], dict[int, float]]]  # a concept and the normalised curves of both arms
