@@ -24,6 +24,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def save(subspace: Subspace, path: str | os.PathLike[str], *, replace: bool = Fa
         )
     subspace = settle(subspace)
     tensors, metadata = pack(subspace)
-    expected = None if replace else subspace.generation
-    generation = storage.write(path, tensors, metadata, expected_generation=expected, replace=replace)
-    return changed(subspace, generation=generation)
+    target = Path(os.path.realpath(path))
+    expected = subspace.generation if subspace.file == target and not replace else None
+    generation = storage.write(target, tensors, metadata, expected_generation=expected, replace=replace)
+    return changed(subspace, generation=generation, file=target)
 
 
 def settle(subspace: Subspace) -> Subspace:
@@ -76,7 +78,7 @@ def load(path: str | os.PathLike[str], weights: Weights | None = None, *, look: 
             f"{os.fspath(path)} is a patch; fold it in first: share-diffusion merge FILE {os.fspath(path)}"
         )
     try:
-        return unpack(metadata, tensors, generation, weights, look)
+        return changed(unpack(metadata, tensors, generation, weights, look), file=Path(os.path.realpath(path)))
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
         raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: {type(error).__name__} {error}") from error
 

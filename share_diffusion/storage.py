@@ -259,7 +259,7 @@ def _next_generation(target: Path, expected: int | None, replace: bool) -> int:
         return _last_known_generation(target) + 1
     if not os.path.lexists(target):
         if expected is not None:
-            raise ConflictError(f"{target} is gone: generation {expected} was read; pass None to create it anew")
+            raise ConflictError(f"{target} is gone: generation {expected} was read; pass replace=True to create it anew")
         return 1
     if expected is None:
         raise ConflictError(f"{target} exists already: read it and pass its generation, or pass replace=True")

@@ -15,6 +15,7 @@ import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ class Subspace:
     """Shared bases and the concepts in them.
 
     `layers` maps a layer's path to its `Basis`, `kernels` a convolution's path to (kh, kw), `concepts` a name to its
-    `Concept`, in the order in which they were learned. `generation` counts the writes of the file it was read from.
+    `Concept`, in the order in which they were learned. `file` is where it was read from or written to, symbolic links
+    followed, and `generation` counts the writes of that file.
     """
 
     base: BaseIdentity = field(default_factory=BaseIdentity)
@@ -145,6 +147,7 @@ class Subspace:
     kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     concepts: Mapping[str, Concept] = field(default_factory=dict)
     generation: int | None = None
+    file: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # unknown metadata of a file, kept on the round trip
     complete: bool = True  # False where the derived columns are missing: good for looking, not for drawing
 
@@ -371,9 +374,10 @@ class Subspace:
         return load(path, weights)
 
     def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> Subspace:
-        """Write the file, whole or not at all, and return the subspace with the file's new generation.
+        """Write the file, whole or not at all, and return the subspace with this file and its new generation.
 
-        Raises ConflictError where the file has changed since it was read, or exists and was never read, unless `replace`.
+        Raises ConflictError where the file has changed since it was read, or is gone, or is another one than was read and
+        exists already, unless `replace`.
         """
         from share_diffusion.file import save
 

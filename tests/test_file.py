@@ -336,6 +336,25 @@ def test_a_file_that_was_never_read_is_not_overwritten(tmp_path: Path) -> None:
     assert trained().save(path, replace=True).generation == 2
 
 
+def test_another_file_than_the_one_that_was_read_is_not_overwritten(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    trained().save(one)
+    trained().merge({"others": draw(8)}).save(other)  # both at generation 1
+    held = other.read_bytes()
+    with pytest.raises(ConflictError, match="other exists already: read it"):
+        Subspace.load(one).save(other)
+    assert other.read_bytes() == held
+    assert Subspace.load(one).save(other, replace=True).generation == 2
+    copied = Subspace.load(one).save(tmp_path / "new")
+    assert (copied.generation, copied.file) == (1, tmp_path / "new")
+    assert copied.save(tmp_path / "new").generation == 2  # it goes on there
+    (tmp_path / "link").symlink_to(one)
+    assert Subspace.load(tmp_path / "link").save(one).generation == 2  # two names of one file
+    one.unlink()
+    with pytest.raises(ConflictError, match="is gone: generation 2 was read; pass replace=True"):
+        replace(copied, file=one, generation=2).save(one)
+
+
 @pytest.fixture
 def weighted(tmp_path: Path) -> tuple[Path, Mapping[str, Tensor]]:
     """A file whose basis comes from weights, and the weights."""

@@ -52,6 +52,7 @@ class ShareStream:
         self.text_encoder: bool = options.pop("text_encoder", True)
         self.own_seeds: bool = options.pop("own_seeds", False)
         self.rate: float = options.pop("rate", bench.plan.training.rate)
+        self.factor_rate: float = options.pop("factor_rate", bench.plan.training.factor_rate)
         self.decay: float = options.pop("decay", DECAY)
         self.begin: float = options.pop("begin", START)
         self.modules = {path: module for path, module in bench.modules.items() if self.text_encoder or path.startswith("unet")}
@@ -104,7 +105,7 @@ class ShareStream:
         rank = training.rank if first and mode == "gradient" else self.ranks[1]
         directions = self.bench.directions(concept, bases, rank, seed) if wanted else {}
         learner = make_learner(self.modules, bases, adaptation, directions, seed)
-        rates = (self.rate, training.lora_rate if first and not wanted else training.factor_rate)
+        rates = (self.rate, training.lora_rate if first and not wanted else self.factor_rate)
         lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, seed), rates, decay=self.decay)
         return learner.lora(), lesson
 
