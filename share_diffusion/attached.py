@@ -42,11 +42,15 @@ class Attached:
         self.pipeline = pipeline
         self.originals: dict[str, nn.Module] = {path: found[path] for path in paths}
         self.layers: dict[str, ShareLayer] = {}
-        for path, module in self.originals.items():
-            parent, attribute = parent_of(pipeline, path)
-            self.layers[path] = wrap(module)
-            self.layers[path].train(module.training)
-            setattr(parent, attribute, self.layers[path])
+        try:
+            for path, module in self.originals.items():
+                parent, attribute = parent_of(pipeline, path)
+                self.layers[path] = wrap(module)
+                self.layers[path].train(module.training)
+                setattr(parent, attribute, self.layers[path])
+        except BaseException:
+            Attached.detach(self)
+            raise
 
     def set(self, updates: Mapping[str, Sequence[Update]]) -> None:
         """Make these updates active, and no others."""
@@ -75,10 +79,14 @@ class AttachedSubspace(Attached):
         self.blends = [Blend()]
         self.hooks: list[RemovableHandle] = []
         super().__init__(pipeline, sorted(subspace.layers))
-        self.bases = {
-            path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]))
-            for path, basis in subspace.layers.items()
-        }
+        try:
+            self.bases = {
+                path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]))
+                for path, basis in subspace.layers.items()
+            }
+        except BaseException:  # the device may be full
+            super().detach()
+            raise
         self.table = CoreTable(subspace, block_groups(layers(pipeline).keys() & subspace.layers.keys()))
         self.active = Active(self.blends, self.table, {})
         self.shown: dict[str, tuple[Moment, tuple[int, ...] | None]] = {}

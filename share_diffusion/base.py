@@ -32,8 +32,9 @@ def load_base(
     """Return the base's ordinary diffusers pipeline, in evaluation mode and without a progress bar of its own.
 
     `config` is a diffusers folder from which a single file takes its configurations and tokenisers. Raises ValueError
-    with the remedy when there is no such base here and none can be fetched.
+    with the remedy when there is no such base here and none can be fetched, and when there is no such device.
     """
+    device = usable(device)
     source = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
     if str(name_or_path) == "tiny" and not (TINY / "model_index.json").is_file():
         raise ValueError(f"the embedded base is missing ({TINY}); reinstall the package, or make it with train/base.py")
@@ -50,6 +51,18 @@ def load_base(
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """Return a device that is there; raises ValueError with those that are."""
+    try:
+        wanted = torch.device(device)
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device {str(device)!r} cannot be used here; there are: {', '.join(there)}") from error
+    return wanted
 
 
 def open_pipeline(name: str, source: Path, dtype: torch.dtype, local_files_only: bool, config: Path | None) -> Any:

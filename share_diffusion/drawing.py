@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from share_diffusion.models import family_of
 
 BATCH = 16
+LONGEST_NAME = 230  # bytes of a file's name: most file systems take 255, and a file in the making has a longer one
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def generate(
     """Return one picture for each prompt and seed; equal (prompt, seed, settings) give the same start on every device.
 
     `progress` is called with the number of pictures done after every batch; `watch` with the step's index and the latents
-    after every denoising step: what it raises ends the drawing there.
+    after every denoising step: what it raises ends the drawing there. Raises ValueError where memory does not suffice, and
+    where NaN comes out.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
@@ -77,28 +80,35 @@ def generate(
     for start in range(0, len(prompts), BATCH):
         some = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-        with torch.no_grad():
-            pictures += pipeline(
-                some,
-                num_inference_steps=chosen.steps,
-                width=chosen.width,
-                height=chosen.height,
-                generator=generators,
-                callback_on_step_end=watched(watch),
-                **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
-            ).images
+        try:
+            with torch.no_grad():
+                pictures += pipeline(
+                    some,
+                    num_inference_steps=chosen.steps,
+                    width=chosen.width,
+                    height=chosen.height,
+                    generator=generators,
+                    callback_on_step_end=watched(watch, chosen.steps),
+                    **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
+                ).images
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the device has too little memory for {len(some)} pictures of {chosen.width} x {chosen.height} at once; ask "
+                "for fewer or smaller ones, or load the base in half precision"
+            ) from error
         if progress is not None:
             progress(len(pictures))
     return pictures
 
 
-def watched(watch: Callable[[int, Tensor], None] | None) -> Any:
-    """Return a watcher in the form in which diffusers calls one."""
-    if watch is None:
-        return None
+def watched(watch: Callable[[int, Tensor], None] | None, steps: int | None) -> Any:
+    """Return a watcher in the form in which diffusers calls one; the last of so many `steps` must have left numbers."""
 
     def after_step(_pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        watch(step, tensors["latents"])
+        if watch is not None:
+            watch(step, tensors["latents"])
+        if steps is not None and step >= steps - 1 and not bool(torch.isfinite(tensors["latents"]).all()):
+            raise ValueError("the picture holds no numbers any more; give smaller weights, or a higher precision")
         return {}
 
     return after_step
@@ -120,15 +130,36 @@ def png_info(prompt: str, seed: int, sampling: Sampling, blend: str, facts: dict
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], info: PngInfo | None = None) -> None:
     """Write a PNG whole or not at all."""
+    save_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+
+
+def save_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Have `write` make a file, whole or not at all, and its folder where there is none; raises ValueError."""
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, format="PNG", pnginfo=info)
+        write(part)
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the place may be no folder at all
+            part.unlink()
         raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+
+
+def place_problem(path: str | os.PathLike[str]) -> str | None:
+    """Return why a file cannot be written here, as far as can be told before there is anything to write, or None."""
+    target = Path(path).absolute()
+    if target.is_dir():
+        return f"{path} is a folder; give a file's name in it"
+    above = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{path} cannot be written: {above} is no folder; choose another place"
+    if not os.access(above, os.W_OK):
+        return f"{path} cannot be written: {above} is not yours to write in; choose another place"
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return f"{path} cannot be written: its name has {len(os.fsencode(target.name))} bytes, at most {LONGEST_NAME}"
+    return None
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -137,7 +168,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = getattr(image, "text", {}).get("share", "")
     try:
         settings = json.loads(text) if 0 < len(text) <= 65_536 else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 

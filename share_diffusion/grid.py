@@ -9,6 +9,7 @@ Every cell has a blend of its own, so a batch draws as many cells as it has samp
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from share_diffusion.attached import AttachedSubspace
 from share_diffusion.blend import Blend, written
-from share_diffusion.drawing import BATCH, Sampling, generate, png_info, save_png
+from share_diffusion.drawing import BATCH, Sampling, generate, png_info, save_png, save_whole
 from share_diffusion.sheet import FAINT, GAP, INK, PAPER
 
 SEED = "seed"
 MOST = 1024
+SEEDS = 2**53  # up to which an axis, whose values are floats, tells whole numbers apart
 AXIS = re.compile(r"\s*(?P<what>[^=]+?)\s*=\s*(?P<values>.+?)\s*")
 RANGE = re.compile(r"(?P<low>[^./,]*(?:\.\d+)?)\.\.(?P<high>[^/,]+?)/(?P<count>\d+)")
 
@@ -40,8 +42,10 @@ class Axis:
     def __post_init__(self) -> None:
         if not 1 <= len(self.values) <= MOST:
             raise ValueError(f"axis {self.what!r} has {len(self.values)} values; it has 1 to {MOST}")
-        if self.what == SEED and any(value != int(value) or value < 0 for value in self.values):
-            raise ValueError(f"seeds are whole numbers from 0 on, got {', '.join(map(written, self.values))}")
+        if not all(map(math.isfinite, self.values)):
+            raise ValueError(f"axis {self.what!r} has values that are no numbers: {', '.join(map(str, self.values[:8]))}")
+        if self.what == SEED and any(value != int(value) or not 0 <= value < SEEDS for value in self.values):
+            raise ValueError(f"seeds are whole numbers from 0 to 2**53, got {', '.join(map(written, self.values[:8]))}")
 
     @classmethod
     def parse(cls, text: str) -> Axis:
@@ -52,6 +56,8 @@ class Axis:
         try:
             if span := RANGE.fullmatch(match["values"]):
                 low, high, count = float(span["low"]), float(span["high"]), int(span["count"])
+                if not 1 <= count <= MOST:
+                    raise ValueError(f"axis {text!r} has {count} values; it has 1 to {MOST}")
                 return cls(match["what"].strip('"'), tuple(spread(low, high, count)))
             return cls(match["what"].strip('"'), tuple(float(value) for value in match["values"].split(",")))
         except ValueError as error:
@@ -141,7 +147,8 @@ class Grid:
         frames = [cell.picture.convert("RGB") for cell in self.cells]
         grown = [frame.resize((side, side * frame.height // frame.width), Image.Resampling.LANCZOS) for frame in frames]
         film = [*grown, *grown[-2:0:-1]]
-        film[0].save(path, format="GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
+        more: dict[str, Any] = {"append_images": film[1:], "duration": milliseconds, "loop": 0}
+        save_whole(path, lambda part: film[0].save(part, format="GIF", save_all=True, **more))
 
 
 def sweep(

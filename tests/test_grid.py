@@ -94,9 +94,15 @@ def test_axes_read_as_people_write_them(text: str, axis: Axis) -> None:
     assert Axis.parse(text) == axis
 
 
-@pytest.mark.parametrize("text", ["robot", "robot=", "=1", "robot=a,b", "robot=0..1", "robot=0..1/0", "seed=0.5", "seed=-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["robot", "robot=", "=1", "robot=a,b", "robot=0..1", "robot=0..1/0", "seed=0.5", "seed=-1"]
+    + ["seed=inf", "seed=1e30", "robot=nan", "robot=0..1/1000000000"],
+)
 def test_what_is_no_axis_is_refused(text: str) -> None:
-    assert any(words in refusal(lambda: Axis.parse(text)) for words in ("robot=0,0.5,1", "whole numbers", "1 to 1024"))
+    assert any(
+        words in refusal(lambda: Axis.parse(text)) for words in ("robot=0,0.5,1", "whole numbers", "1 to 1024", "no numbers")
+    )
 
 
 def test_grids_that_make_no_sense_are_refused(handle: Any) -> None:
@@ -113,3 +119,20 @@ def test_a_grid_without_rows_has_one() -> None:
     cells = [type("Cell", (), {"picture": Image.new("RGB", (16, 16)), "blend": Blend(), "seed": 0})()] * 2
     sheet = Grid(cells, ["a", "b"], [""], "x", SMALL).sheet(side=40)
     assert sheet.size == (8 + 2 * 48, 52 + 48)
+
+
+def test_a_film_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    cells = [type("Cell", (), {"picture": Image.new("RGB", (16, 16)), "blend": Blend(), "seed": 0})()] * 2
+    grid = Grid(cells, ["a", "b"], [""], "x", SMALL)
+    grid.save_gif(tmp_path / "new folder" / "a.gif")
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["a.gif"]
+    (tmp_path / "file").write_text("mine")
+    for write in (grid.save_gif, grid.save, grid.save_frames):
+        assert "choose another place" in refusal(lambda write=write: write(tmp_path / "file" / "a.gif"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_picture_of_no_numbers_is_an_error_and_not_a_black_picture(handle: Any) -> None:
+    handle.set_blend("ink:1e30")
+    assert "smaller weights" in refusal(lambda: generate(handle.pipeline, ["x"], [0], SMALL))
+    handle.set_blend(None)

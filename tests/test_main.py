@@ -118,6 +118,73 @@ def test_grid_writes_a_sheet_its_cells_and_a_film(file, tmp_path, capsys):
     assert all(text in said for text in ("either --x", "--y needs --x", "end in .png", "end in .gif"))
 
 
+def test_where_nothing_can_be_drawn_to_is_told_before_anything_is_loaded(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("share_diffusion.base.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    (tmp_path / "file").write_text("mine")
+    inside, long = str(tmp_path / "file" / "x.png"), str(tmp_path / f"{'x' * 250}.png")
+    assert main(["generate", "--prompt", "a cat", "--output", inside]) == 1
+    assert "file is no folder; choose another place" in capsys.readouterr().err
+    assert main(["generate", "--prompt", "a cat", "--output", long, "--seed", str(2**64)]) == 1
+    said = capsys.readouterr().err
+    assert "its name has 254 bytes, at most 230" in said
+    assert "it is 0 to 2**63 - 1001" in said
+    words = ["grid", "--subspace", str(file), "--prompt", "a cat", "--strip", "robot", "watercolor", "--blend", "robot"]
+    assert main([*words, "--cells", str(tmp_path / "file"), "--gif", str(tmp_path / "file" / "a.gif")]) == 1
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("--cells", "--gif", "say nothing about --strip"))
+
+
+def test_a_device_that_is_not_there_is_told_with_those_that_are(tmp_path, capsys):
+    for device in ("nonsense", "cuda:99"):
+        assert main(["generate", "--prompt", "a cat", "--device", device, "--output", str(tmp_path / "x.png")]) == 1
+        assert f"device '{device}' cannot be used here; there are: cpu" in capsys.readouterr().err
+
+
+def test_a_base_in_half_precision_draws_nearly_the_same(file, tmp_path):
+    words = [
+        "generate",
+        "--subspace",
+        str(file),
+        "--prompt",
+        "a cat",
+        "--blend",
+        "robot:0.2",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    for precision in ("float32", "bfloat16"):
+        assert main([*words, "--precision", precision, "--output", str(tmp_path / f"{precision}.png")]) == 0
+    full, half = (torch.tensor(list(Image.open(tmp_path / f"{name}.png").tobytes())) for name in ("float32", "bfloat16"))
+    assert 0 < (full - half).abs().float().mean() < 4
+
+
+def test_one_concept_goes_into_one_region(file, capsys):
+    words = [
+        "generate",
+        "--subspace",
+        str(file),
+        "--prompt",
+        "a cat",
+        "--blend",
+        "robot",
+        "--regions",
+        "robot=left",
+        "robot=right",
+    ]
+    assert main(words) == 1
+    assert "--regions names 'robot' twice" in capsys.readouterr().err
+
+
+def test_a_mask_of_a_monstrous_size_is_refused(file, tmp_path, capsys, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "m.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    words = ["generate", "--subspace", str(file), "--prompt", "a cat", "--blend", "robot", "--regions", "robot=@m"]
+    assert main([*words, "--masks", f"m={tmp_path / 'm.png'}", "--output", str(tmp_path / "x.png")]) == 1
+    assert "no picture of a usable size" in capsys.readouterr().err
+
+
 def test_overlap_is_told_as_text_and_as_json(file, capsys):
     assert main(["overlap", str(file)]) == 0
     assert "watercolor and robot overlap" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from share_diffusion.blend import Blend
 from share_diffusion.grammar import read_prompt
 
 HELP = "draw a blend of concepts"
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("share.png"), help="a .png; more pictures are numbered")
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
     parser.add_argument("--local_files_only", action="store_true")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_drawing(arguments, blend)
     pipeline = load_base(
         arguments.pretrained_model_name_or_path,
+        dtype=dtype_of(arguments.precision),
         device=arguments.device or best_device(),
         local_files_only=arguments.local_files_only,
     )
@@ -61,6 +63,17 @@ def run(arguments: argparse.Namespace) -> None:
         path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
         save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
         print(path)
+
+
+def device_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where a base is loaded, and how."""
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the base; half of the memory in bfloat16 or float16, and other pictures in their last digits",
+    )
 
 
 def blend_flags(parser: argparse.ArgumentParser) -> None:
@@ -92,10 +105,14 @@ def read_blend_flags(arguments: argparse.Namespace) -> tuple[str, Blend]:
     if arguments.method:
         method = Blend.parse(f"x | {arguments.method}").method
     terms = [*blend.terms, *tagged.terms]
+    placed: list[str] = []
     for entry in arguments.regions:
         name, equal, place = entry.partition("=")
         if not equal or name not in [term.name for term in terms]:
             raise ValueError(f"--regions {entry!r} is not NAME=REGION of a concept in the blend, as in robot=left")
+        if name in placed:
+            raise ValueError(f"--regions names {name!r} twice; a concept in two places is two terms of --blend")
+        placed.append(name)
         region = Blend.parse(f"x[region={place}]").terms[0].region
         terms = [replace(term, region=region) if term.name == name else term for term in terms]
     return prompt, Blend(terms, method)
@@ -111,8 +128,8 @@ def read_masks(entries: list[str]) -> dict[str, Any]:
         try:
             with Image.open(file) as picture:
                 masks[name] = picture.convert("L")
-        except OSError as error:
-            reason = error.strerror or "it is no picture"
+        except (OSError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or "it is no picture of a usable size"
             raise ValueError(f"--masks {entry!r}: cannot read {file!r} ({reason}); give NAME=FILE") from None
     return masks
 
@@ -120,12 +137,11 @@ def read_masks(entries: list[str]) -> dict[str, Any]:
 def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
     """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
     problems = []
-    if arguments.output.suffix.lower() != ".png":
-        problems.append(f"--output {arguments.output} must end in .png")
+    problems += output_problems(arguments.output)
     if not 1 <= arguments.count <= 1000:
         problems.append(f"--count is {arguments.count}; it is 1 to 1000")
-    if not 0 <= arguments.seed < 2**63:
-        problems.append(f"--seed is {arguments.seed}; it is 0 or more")
+    if not 0 <= arguments.seed < 2**63 - 1000:
+        problems.append(f"--seed is {arguments.seed}; it is 0 to 2**63 - 1001")
     if blend.weights and arguments.subspace is None:
         problems.append("--blend names concepts, but there is no --subspace file to take them from")
     if not arguments.prompt.strip():
@@ -139,6 +155,22 @@ def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
         if unknown := [name for name in blend.weights if name not in known]:
             names = ", ".join(map(repr, unknown))
             raise ValueError(f"unknown concept {names}; {arguments.subspace} holds: {', '.join(known) or 'none yet'}")
+
+
+def output_problems(path: Path) -> list[str]:
+    """Return why a PNG cannot be written to `--output`."""
+    from share_diffusion.drawing import place_problem
+
+    problem = place_problem(path)
+    problems = [f"--output {path} must end in .png"] if path.suffix.lower() != ".png" else []
+    return [*problems, *([f"--output {problem}"] if problem else [])]
+
+
+def dtype_of(precision: str) -> Any:
+    """Return torch's dtype of a `--precision`."""
+    import torch
+
+    return getattr(torch, precision)
 
 
 def best_device() -> str:

@@ -10,7 +10,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from share_diffusion.commands.generate import best_device, blend_flags, read_blend_flags, read_masks
+from share_diffusion.commands.generate import (
+    best_device,
+    blend_flags,
+    device_flags,
+    dtype_of,
+    output_problems,
+    read_blend_flags,
+    read_masks,
+)
 
 HELP = "draw a sweep over weights or seeds, or a strip from blend to blend"
 
@@ -35,7 +43,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gif", type=Path, help="write the cells as a film as well")
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
     parser.add_argument("--local_files_only", action="store_true")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,7 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
     axes = [Axis.parse(text) for text in (arguments.x, arguments.y) if text]
     sampling = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     base = arguments.pretrained_model_name_or_path
-    pipeline = load_base(base, device=arguments.device or best_device(), local_files_only=arguments.local_files_only)
+    pipeline = load_base(
+        base,
+        dtype=dtype_of(arguments.precision),
+        device=arguments.device or best_device(),
+        local_files_only=arguments.local_files_only,
+    )
     subspace = Subspace.load(arguments.subspace, weights_of(pipeline))
     more: dict[str, Any] = {
         "seed": arguments.seed,
@@ -76,16 +89,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
+    from share_diffusion.drawing import place_problem
+
     problems = []
     if bool(arguments.x) == bool(arguments.strip):
         problems.append("give either --x (a sweep) or --strip (blends to go through)")
     if arguments.y and not arguments.x:
         problems.append("--y needs --x")
-    if arguments.output.suffix.lower() != ".png":
-        problems.append(f"--output {arguments.output} must end in .png")
+    if arguments.strip and (arguments.blend or arguments.method or arguments.regions):
+        problems.append("--blend, --method and --regions say nothing about --strip; write them into its blends")
+    problems += output_problems(arguments.output)
     if arguments.gif and arguments.gif.suffix.lower() != ".gif":
         problems.append(f"--gif {arguments.gif} must end in .gif")
+    for flag, path in (("--gif", arguments.gif), ("--cells", arguments.cells and arguments.cells / "frame-000.png")):
+        if path and (problem := place_problem(path)):
+            problems.append(f"{flag} {problem}")
     if not 0 <= arguments.seed < 2**63:
-        problems.append(f"--seed is {arguments.seed}; it is 0 or more")
+        problems.append(f"--seed is {arguments.seed}; it is 0 to 2**63 - 1")
     if problems:
         raise ValueError("; ".join(problems))
