@@ -21,7 +21,7 @@ from share_diffusion.base import quiet
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import read_settings
 from share_diffusion.export import FORMATS, export
-from share_diffusion.export.checkpoint import write_checkpoint
+from share_diffusion.export.checkpoint import velocity_entries, write_checkpoint
 from share_diffusion.export.family import OTHER, SD1, SD2, SDXL
 from share_diffusion.export.filename import name_problem, safe_name
 from share_diffusion.export.fuse import fused
@@ -262,6 +262,32 @@ def test_values_beyond_half_precision_are_refused(sd: Any, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "blend",
+    ["ink:1e39", "ink:1e39 + owl", "ink:1e20[blocks=down:1e20]", *(f"ink:-1e39 + owl | {name}" for name in ("ties", "dare"))],
+)
+def test_a_weight_that_overflows_is_refused_with_the_largest_that_fits(subspace: Subspace, tmp_path: Path, blend: str) -> None:
+    with pytest.raises(ValueError, match=r"ink: .*leaves the range of float32; weights up to about (\S+) fit") as caught:
+        export(subspace, blend, tmp_path / "x.safetensors", dtype=torch.float32)
+    assert not list(tmp_path.iterdir())
+    if blend == "ink:1e39":
+        largest = str(caught.value).partition("up to about ")[2].partition(" ")[0]
+        done = export(subspace, f"ink:{largest}", tmp_path / "x.safetensors", dtype=torch.float32)
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(done.path).values())
+        with pytest.raises(ValueError, match="leaves the range"):
+            export(subspace, f"ink:{1.02 * float(largest)!r}", tmp_path / "y.safetensors", dtype=torch.float32)
+
+
+def test_every_method_refuses_weights_that_overflow(subspace: Subspace, tmp_path: Path) -> None:
+    from share_diffusion.blend import METHODS
+
+    for method in METHODS:
+        for weights in ("ink:1e39 + owl:-1e39", "ink:3e38 + owl:3e38 + ink:3e38[blocks=down]", "ink:1e300 + owl"):
+            with pytest.raises(ValueError, match=r"leave[s]? the range of float32"):
+                export(subspace, f"{weights} | {method}", tmp_path / "x.safetensors", dtype=torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_tells_what_it_is(sd: Any, subspace: Subspace, tmp_path: Path) -> None:
     done = export(subspace, "ink:0.8 + owl:0", tmp_path / "mine.safetensors", pipeline=sd)
     metadata = LoRA.read(done.path).metadata
@@ -283,6 +309,48 @@ def test_the_file_tells_what_it_is(sd: Any, subspace: Subspace, tmp_path: Path) 
     export(subspace, "ink:0.8 + owl:0", done.path, pipeline=sd, replace=True)
     assert done.path.read_bytes() == one
     assert str(tmp_path) not in one.decode("latin-1")
+
+
+def test_concepts_whose_terms_cancel_are_still_in_the_file(sd: Any, subspace: Subspace, tmp_path: Path) -> None:
+    blend = "ink:1[blocks=down] + ink:-1[blocks=up] + owl:0[blocks=up]"
+    done = export(subspace, blend, tmp_path / "mine.safetensors", pipeline=sd)
+    metadata = LoRA.read(done.path).metadata
+    assert metadata["modelspec.trigger_phrase"] == "inkstyle"
+    assert metadata["modelspec.merged_from"] == "ink"
+    assert metadata["modelspec.license"] == "CC0-1.0"
+    assert json.loads(done.path.with_suffix(".json").read_text(encoding="utf-8"))["activation text"] == "inkstyle"
+    assert read_settings(done.path.with_suffix(".png"))["prompt"] == "a inkstyle cat"
+
+
+def predictions(pipeline: Any, folder: Path) -> set[str | None]:
+    """What exports with and without the base at hand say that it predicts."""
+    subspace = subspace_on(pipeline)
+    export(subspace, "ink", folder / "with.safetensors", pipeline=pipeline, preview=False)
+    export(subspace, "ink", folder / "without.safetensors")
+    without = LoRA.read(folder / "without.safetensors").metadata
+    assert "modelspec.prediction_type" not in without
+    return {LoRA.read(folder / "with.safetensors").metadata.get("modelspec.prediction_type")}
+
+
+def test_what_the_base_predicts_is_told_as_modelspec_spells_it(tmp_path: Path) -> None:
+    """ModelSpec: "In Stable Diffusion, `v` or `epsilon`"; a flow model has neither, and shapes alone do not tell."""
+    import tiny_models
+
+    assert predictions(small_sd(), tmp_path / "noise") == {"epsilon"}
+    assert predictions(small_sd(prediction_type="v_prediction"), tmp_path / "velocity") == {"v"}
+    assert predictions(tiny_models.build_sd3(), tmp_path / "flow") == {None}
+
+
+def test_a_checkpoint_and_its_metadata_agree_on_velocity() -> None:
+    from share_diffusion.export.family import SD3, predicted
+    from share_diffusion.export.metadata import About, modelspec
+
+    velocity = small_sdxl()
+    velocity.scheduler = type(velocity.scheduler).from_config(velocity.scheduler.config, prediction_type="v_prediction")
+    said = modelspec(About("x", Blend({}), SDXL, prediction=predicted(velocity)), SDXL.modelspec)
+    assert said["modelspec.prediction_type"] == "v"
+    assert "v_pred" in velocity_entries(velocity, SDXL)
+    assert "modelspec.prediction_type" not in modelspec(About("x", Blend({}), SD3), SD3.modelspec)
 
 
 def test_a_stock_family_is_known_by_its_shapes(tmp_path: Path) -> None:

@@ -267,6 +267,11 @@ def test_a_pattern_is_a_module_name_or_the_end_of_one(tmp_path: Path, pattern: s
         ('{"unet.use_dora": true, "unet.peft_type": "LOHA"}', "peft_type is 'LOHA', use_dora is set"),
         ('{"unet.r": 2, "unet.alpha_pattern": {"(a+)+$": 1}}', "alpha_pattern has '(a+)+$'"),
         ('{"unet.r": 3}', "rank is 2, but the PEFT config says 3"),
+        ('{"unet.rank_pattern": ["to_q"]}', "rank_pattern is ['to_q']"),
+        ('{"unet.alpha_pattern": "to_q", "unet.rank_pattern": 3}', "rank_pattern is 3, alpha_pattern is 'to_q'"),
+        (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "lora_alpha is 1000000"),
+        (f'{{"unet.alpha_pattern": {{"to_q": 1{"0" * 400}}}}}', "alpha_pattern has 'to_q'"),
+        (f'{{"unet.lora_alpha": 1{"0" * 5000}}}', "lora_adapter_metadata is not JSON"),
     ],
 )
 def test_a_config_that_gives_no_scale_is_refused(tmp_path: Path, config: str, words: str) -> None:
@@ -733,6 +738,10 @@ def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
             {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "alpha": torch.ones(2)},
             "alpha is of shape (2,); expected one finite number",
         ),
+        (
+            {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "alpha": torch.tensor(1 + 2j)},
+            "alpha is torch.complex64; expected one finite number",
+        ),
         ({"lora_A.weight": torch.ones(2, 5) * math.nan, "lora_B.weight": torch.ones(6, 2)}, "holds NaN or infinite"),
     ],
 )
@@ -788,6 +797,15 @@ def test_a_wrong_file_is_refused_with_one_clear_message(tmp_path: Path, name: st
     message = refusal(lambda: LoRA.read(tmp_path / name))
     assert message.startswith(f"{tmp_path / name}: ")
     assert words in message
+
+
+def test_numbers_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+    """safetensors knows kinds of numbers that its own reader for torch does not know, such as those of four bits."""
+    header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    message = refusal(lambda: LoRA.read(tmp_path / "a.safetensors"))
+    assert message.startswith(f"{tmp_path / 'a.safetensors'}: ")
+    assert "F4" in message or "no LoRA of a known dialect" in message
 
 
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:

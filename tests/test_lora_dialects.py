@@ -14,6 +14,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -348,6 +349,11 @@ def test_a_lycoris_layer_with_a_part_missing_is_named() -> None:
             "no layer needs",
         ),
         ({"lokr_w1": (4, 4), "lokr_w2": (4, 4), "lora_up.weight": (4, 1)}, "has up of a LoRA beside lokr_w1"),
+        (
+            {"hada_w1_a": (4, 0), "hada_w1_b": (0, 5), "hada_w2_a": (4, 0), "hada_w2_b": (0, 5), "alpha": (1,)},
+            r"hada_w1_a \(4, 0\), .* are empty; leave out a layer that has no update",
+        ),
+        ({"lokr_w1": (4, 4), "lokr_w2_a": (4, 0), "lokr_w2_b": (0, 4), "alpha": (1,)}, "are empty"),
     ],
 )
 def test_broken_products_are_refused_before_they_take_memory(parts: dict[str, tuple[int, ...]], words: str) -> None:
@@ -493,6 +499,51 @@ def test_a_tensor_larger_than_its_memory_is_refused(tmp_path: Path) -> None:
     torch.save({"mid_block.attentions.0.proj_in.lora_A.weight": huge}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="not plain tensors of their own"):
         LoRA.read(tmp_path / "a.pt")
+
+
+def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(4, 2), torch.zeros(2, 4)] * 4, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    place = -1
+    while (place := data.find(b"PK\x01\x02", place + 1)) >= 0:  # the central directory: the flag says encrypted
+        data[place + 8] |= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.pt: .*parts are encrypted .*; it is not opened"):
+        LoRA.read(tmp_path / "a.pt")
+
+
+def test_a_state_dict_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    held: dict[str, object] = {}
+    held["state_dict"] = held
+    torch.save(held, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: holds a dict; expected tensors by name"):
+        LoRA.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("part", ["archive", "pickle"])
+def test_a_damaged_pickle_is_a_value_error_that_names_the_file(tmp_path: Path, part: str) -> None:
+    """Bytes of the archive, or of the pickle inside it (with its checksum made right), set at random."""
+    whole, path, random, said = tmp_path / "whole.pt", tmp_path / "a.pt", np.random.default_rng(0), []
+    torch.save(plain("unet.mid_block.attentions.0.proj_in", 4, 6, ends=("lora_A", "lora_B")), whole)
+    for _ in range(600):
+        data = bytearray(whole.read_bytes())
+        if part == "archive":
+            data[random.integers(len(data))] = random.integers(256)
+            path.write_bytes(data[: random.integers(1, 2 * len(data))])
+        else:
+            with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+                for member in old.infolist():
+                    content = bytearray(old.read(member))
+                    if member.filename.endswith(".pkl"):
+                        for _ in range(random.integers(1, 4)):
+                            content[random.integers(len(content))] = random.integers(256)
+                    new.writestr(member.filename, bytes(content))
+        try:
+            LoRA.read(path)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert [message for message in said if not message.startswith(f"{path}: ")] == []
 
 
 def test_other_things_in_a_pickle_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from share_diffusion.export.family import OTHER, SD1, SD2, SDXL, family_of
@@ -150,6 +150,104 @@ def test_a_lora_that_does_nothing_is_told(tmp_path):
     assert (verdicts["ComfyUI"].matched, verdicts["ComfyUI"].present) == (0, 2)
     assert "2 passed over: PEFT's names" in str(verdicts["ComfyUI"])
     assert verdicts["diffusers"].matched == 2
+
+
+def test_matrices_of_one_dimension_are_no_matrices(tmp_path):
+    attn = "unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2"
+    pair = {f"lora_{attn}_to_k.lora_down.weight": torch.ones(768), f"lora_{attn}_to_k.lora_up.weight": torch.ones(640, 1)}
+    save_file({**pair, f"lora_{attn}_to_k.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    for verdict in verify(tmp_path / "lora.safetensors"):
+        assert "1 passed over: no matrix, by its shape" in verdict.reasons
+    names = ("input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.0.0.weight")
+    for shapes in ((768,), (320, 4, 3, 3)), ((640, 768), ()), ((), (320,)):
+        tensors = {f"model.diffusion_model.{name}": torch.ones(shape) for name, shape in zip(names, shapes, strict=True)}
+        save_file(tensors, tmp_path / "checkpoint.safetensors")
+        assert all(verdict.matched == 0 for verdict in verify(tmp_path / "checkpoint.safetensors"))
+
+
+def peft_folder(folder, config, convolution=False):
+    """A PEFT folder of one component that adapts two layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    block = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    kernel = (1, 1) if convolution else ()
+    tensors = {f"{block}.{side}.lora_A.weight": torch.ones(2, 8, *kernel) for side in ("to_q", "to_k")}
+    tensors |= {f"{block}.{side}.lora_B.weight": torch.ones(8, 2, *kernel) for side in ("to_q", "to_k")}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "matched"),
+    [
+        ({"target_modules": ["to_q", "to_k"]}, 4),
+        ({"target_modules": ["attn1.to_q"]}, 2),
+        ({"target_modules": ["o_q", "down_blocks"]}, 0),
+        ({"target_modules": "all-linear"}, 4),
+        ({"target_modules": ["to_q", "to_k"], "exclude_modules": ["to_k"]}, 2),
+        ({"target_modules": None}, 0),
+        ({}, 0),
+    ],
+)
+def test_peft_names_modules_by_their_end(tmp_path, config, matched):
+    """As `check_target_module_exists` of peft itself decides."""
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    (verdict,) = verify(peft_folder(tmp_path / "unet", config))
+    assert (verdict.file, verdict.program, verdict.matched, verdict.present) == ("unet", "PEFT", matched, 4)
+    if isinstance(config.get("target_modules"), list):
+        module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+        asked = SimpleNamespace(modules_to_save=None, layers_to_transform=None, **config)
+        assert 2 * sum(bool(check_target_module_exists(asked, f"{module}.{side}")) for side in ("to_q", "to_k")) == matched
+
+
+def test_all_linear_names_no_convolution(tmp_path):
+    (verdict,) = verify(peft_folder(tmp_path, {"target_modules": "all-linear"}, convolution=True))
+    assert verdict.matched == 0
+    assert verdict.reasons == ("4 passed over: all-linear names no convolution",)
+
+
+def test_a_pattern_is_left_to_peft(tmp_path):
+    """A regular expression from a stranger may run for ever, so none is run."""
+    peft_folder(tmp_path / "unet", {"target_modules": "(.*)*(.*)*(.*)*x"})
+    peft_folder(tmp_path / "text_encoder", {"target_modules": ["to_q"], "layers_to_transform": [0]})
+    peft_folder(tmp_path / "transformer", {"target_modules": ["to_q", "to_k"]})
+    verdicts = {verdict.file: verdict for verdict in verify(tmp_path)}
+    assert "only PEFT itself tells" in str(verdicts["unet"])
+    assert "layers_to_transform" in str(verdicts["text_encoder"])
+    assert verdicts["transformer"].matched == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "is a JSON list; expected an object"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"target_modules": 5}', "target_modules is 5"),
+        ('{"target_modules": ["a", 5]}', "target_modules is ['a', 5]"),
+        ('{"target_modules": ["a"], "exclude_modules": {"a": 1}}', "exclude_modules is {'a': 1}"),
+    ],
+)
+def test_a_peft_config_that_is_none_is_named(tmp_path, config, words):
+    folder = peft_folder(tmp_path / "unet", config)
+    for place in (folder, tmp_path):
+        with pytest.raises(ValueError) as caught:
+            verify(place)
+        assert f"{folder / 'adapter_config.json'}" in str(caught.value)
+        assert words in str(caught.value)
+
+
+def test_folders_of_a_folder_are_judged_one_by_one(tmp_path):
+    (tmp_path / "ink").mkdir()
+    (tmp_path / "ink" / "model_index.json").write_text("{}")
+    (tmp_path / "ink" / "unet").mkdir()
+    (tmp_path / "ink" / "unet" / "config.json").write_text('{"cross_attention_dim": Infinity, "block_out_channels": []}')
+    (tmp_path / "owl.safetensors").write_bytes(b"")
+    assert {verdict.file: verdict.program for verdict in verify(tmp_path)}.items() >= {"owl.safetensors": ""}.items()
+    assert {verdict.file for verdict in verify(tmp_path) if verdict.program} == {"ink"}
 
 
 COMFY = """

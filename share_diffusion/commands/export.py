@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--each", action="store_true", help="every concept on its own, into the folder --output")
     parser.add_argument("--format", choices=FORMATS, default="kohya", help="kohya (default) is the LoRA that all programs read")
     parser.add_argument("--output", type=Path, required=True, help="a .safetensors file, or a folder (peft, pipeline, comfyui)")
+    parser.add_argument("--name", help="of the LoRA and workflow in a ComfyUI folder (default: the folder's)")
     parser.add_argument("--rank", type=int, help="truncate a LoRA to this rank; the error is told (default: full rank)")
     parser.add_argument("--precision", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--replace", action="store_true", help="overwrite what is there")
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             preview=arguments.preview,
             replace=arguments.replace,
             strict=not arguments.other_weights,
+            name=arguments.name,
         )
         print("\n".join(done.lines()))
 
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
     """Return what goes where, known from the file's header alone, before anything slow is loaded."""
     from share_diffusion.blend import Blend
+    from share_diffusion.export.earlier import place_problem
     from share_diffusion.export.filename import safe_name
     from share_diffusion.export.whole import in_the_way
     from share_diffusion.file import listing
@@ -67,11 +71,17 @@ def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
         if unknown := [name for name in blend.weights if name not in known]:
             names = ", ".join(map(repr, unknown))
             raise ValueError(f"unknown concept {names}; {arguments.file} holds: {', '.join(known) or 'none yet'}")
+        if os.path.realpath(arguments.output) == os.path.realpath(arguments.file):
+            raise ValueError(f"the output {arguments.output} is the subspace file itself; choose another place")
         return [(blend, arguments.output)]
     if arguments.format == "comfyui":
         raise ValueError("--each has no comfyui format: a workflow belongs to one blend; export them one by one")
     ending = ".safetensors" if arguments.format in ("kohya", "diffusers", "diffusers-old", "checkpoint") else ""
     wanted = [(Blend({name: 1.0}), arguments.output / f"{safe_name(name)}{ending}") for name in known]
+    if problems := [problem for _, path in wanted if (problem := place_problem(path, arguments.format))]:
+        raise ValueError("; ".join(problems))
+    if os.path.realpath(arguments.file) in [os.path.realpath(path) for _, path in wanted]:
+        raise ValueError(f"one of the outputs is the subspace file {arguments.file} itself; choose another folder")
     if not arguments.replace:
         in_the_way([path for _, path in wanted])
     return wanted

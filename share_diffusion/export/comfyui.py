@@ -6,12 +6,15 @@
     user/default/workflows/NAME.json        the workflow, in the page's list
     user/default/api/NAME.json              the same for the HTTP interface
 
-A base that is one .safetensors file already is not written again: the workflow names that file.
+NAME is the folder's unless another is given. A base that is there already, byte for byte, is not written again.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,11 +69,37 @@ def write_base(task: Task, stage: Path) -> None:
     if is_stock(about.family):
         (stage / "models/checkpoints").mkdir()
         path = stage / "models/checkpoints" / f"{name}{SINGLE_FILE}"
-        said = modelspec(About(about.base, type(about.blend)({}), about.family), about.family.modelspec)
+        untouched = About(about.base, type(about.blend)({}), about.family, prediction=about.prediction)
+        said = modelspec(untouched, about.family.modelspec)
         write_checkpoint(task.pipeline, about.family, path, task.dtype, said)
     else:
         (stage / "models/share").mkdir()
         write_base_file(task.pipeline, stage / "models/share" / f"{name}{ENDING}", task.dtype)
+
+
+def own_files(home: Path, name: str) -> list[Path]:
+    """Return the files that belong to one blend alone, whether or not they are there."""
+    loras, workflows = home / "models/loras", home / "user/default"
+    lora = [loras / f"{name}{ending}" for ending in (SINGLE_FILE, ".json", ".png")]
+    return [*lora, *(workflows / place / f"{name}.json" for place in ("workflows", "api"))]
+
+
+def bases(stage: Path) -> Iterator[Path]:
+    """Yield the base's file in a stage, where one was written."""
+    yield from [*stage.glob("models/checkpoints/*"), *stage.glob("models/share/*")]
+
+
+def keep_base(stage: Path, home: Path, replace: bool) -> None:
+    """Take a base out of the stage that is in its place already; ValueError where another file is and may not be replaced."""
+    for made in bases(stage):
+        place = home / made.relative_to(stage)
+        if place.is_file() and filecmp.cmp(made, place, shallow=False):
+            made.unlink()
+        elif os.path.lexists(place) and not replace:
+            raise ValueError(
+                f"{place} is already there and is not this base in this precision; export with the --precision that it has, "
+                "move it away, or pass --replace"
+            )
 
 
 def drawing_of(task: Task, name: str) -> Drawing:

@@ -50,6 +50,16 @@ def family_of(shapes: Shapes) -> Family:
     return {768: SD1, 1024: SD2}.get(widths.pop(), OTHER) if len(widths) == 1 else OTHER
 
 
+def predicted(pipeline: Any) -> str:
+    """Return what a live pipeline predicts as ModelSpec spells it for Stable Diffusion, `epsilon` or `v`, else ''.
+
+    Flow models (SD 3, FLUX) have no word in that standard.
+    """
+    if getattr(pipeline, "unet", None) is None:
+        return ""
+    return {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(pipeline.scheduler.config, "prediction_type", ""), "")
+
+
 def family_of_pipeline(pipeline: Any) -> Family:
     """Return the family of a live pipeline; SD 2.x with velocity prediction is a version of its own."""
     from share_diffusion.models.layers import layers, shape_of

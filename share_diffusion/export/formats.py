@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,23 @@ import torch
 from PIL import Image
 
 from share_diffusion.blend import Blend
+from share_diffusion.export.asked import (
+    FORMATS,
+    FUSED,
+    LORA_FILES,
+    SINGLE,
+    base_problems,
+    name_problems,
+    place_problems,
+    planned,
+    refuse,
+    request_problems,
+    titled,
+)
 from share_diffusion.export.checkpoint import checkpoint_entries, write_checkpoint
-from share_diffusion.export.family import Family, family_of, family_of_pipeline
-from share_diffusion.export.filename import name_problem
+from share_diffusion.export.comfyui import keep_base, write_comfyui
+from share_diffusion.export.earlier import FOLDERS
+from share_diffusion.export.family import Family, family_of, family_of_pipeline, predicted
 from share_diffusion.export.fuse import fused
 from share_diffusion.export.metadata import About, about, hashes, lora_metadata, modelspec, sidecar
 from share_diffusion.export.pipeline import write_pipeline
@@ -26,10 +40,7 @@ from share_diffusion.lora import LoRA
 from share_diffusion.lora.peft import write_peft
 from share_diffusion.subspace import Subspace
 
-LORA_FILES = ("kohya", "diffusers", "diffusers-old")
-FUSED = ("pipeline", "checkpoint")
-FORMATS = (*LORA_FILES, "peft", *FUSED, "comfyui")
-SINGLE = (*LORA_FILES, "checkpoint")  # formats whose output is one .safetensors file
+__all__ = ["FORMATS", "SINGLE", "Exported", "export"]
 
 
 @dataclass(frozen=True)
@@ -78,71 +89,48 @@ def export(
     preview: bool = True,
     replace: bool = False,
     strict: bool = True,
+    name: str | None = None,
 ) -> Exported:
     """Write a blend for other programs and return what they will match of it.
 
     `output` is a .safetensors file (kohya, diffusers, diffusers-old, checkpoint) or a folder (peft, pipeline, comfyui).
     `pipeline` is the live base: needed for pipeline and checkpoint, used elsewhere for the preview. `rank` truncates a
-    LoRA. `strict=False` accepts a fine-tune of the base. Raises ValueError, all problems at once, with nothing written.
+    LoRA. `strict=False` accepts a fine-tune of the base. `name` is that of the LoRA and the workflow in a ComfyUI folder
+    (default: the folder's). Raises ValueError, all problems at once, with nothing written.
     """
     path, chosen = Path(output), Blend.of(blend)
-    refuse([*request_problems(path, format, pipeline, rank, dtype), *base_problems(subspace, pipeline, strict)])
-    places = planned(path, format)
+    asked = [*request_problems(path, format, pipeline, rank, dtype), *name_problems(name, format)]
+    refuse([*asked, *place_problems(path, format, pipeline), *base_problems(subspace, pipeline, strict)])
+    title = titled(path, format, name)
     if not replace:
-        in_the_way(places)
-    task = prepared(subspace, chosen, path, format, pipeline, rank, dtype, preview)
-    entire = format in ("peft", "pipeline")
-    home = path if format in ("peft", "pipeline", "comfyui") else path.parent
+        other = "name with --name" if format == "comfyui" else "place"
+        in_the_way(planned(path, format, title), f"choose another {other}")
+    task = prepared(subspace, chosen, title, format, pipeline, rank, dtype, preview)
+    home = path.parent if format in SINGLE else path
     require_room(home, expected_bytes(task))
-    with staged(home, replace=replace, entire=entire) as stage:
-        write(task, stage, path.stem if format in SINGLE else path.name)
+    with staged(home, replace=replace, entire=format in FOLDERS) as stage:
+        write(task, stage, title)
+        if format == "comfyui":
+            keep_base(stage, home, replace)
         written = [file.relative_to(stage) for file in sorted(stage.rglob("*")) if file.is_file()]
+        # Once more: while an export is made there is time to put something into the folder that it is to replace.
+        refuse(place_problems(path, format, pipeline))
     files = tuple(home / file for file in written)
-    checked = path if format in (*SINGLE, "pipeline", "peft") else home
-    found = tuple(verify(checked))
+    found = tuple(verdict for place in judged_places(path, format, files) for verdict in verify(place))
     return Exported(path, files, task.about.rank, task.about.error, found)
 
 
-def request_problems(path: Path, format: str, pipeline: Any, rank: int | None, dtype: torch.dtype) -> list[str]:
-    """Return what is wrong with what is asked for."""
-    problems = [] if format in FORMATS else [f"format {format!r} is unknown; it is one of {', '.join(FORMATS)}"]
-    if format in SINGLE and path.suffix != ".safetensors":
-        problems.append(f"the output {str(path)!r} must end in .safetensors")
-    if format not in SINGLE and path.suffix == ".safetensors":
-        problems.append(f"the output of format {format} is a folder; {str(path)!r} names a file")
-    if path.name and (problem := name_problem(path.name)):
-        problems.append(problem)
-    if format in FUSED and pipeline is None:
-        problems.append(f"format {format} needs the base; give it with --pretrained_model_name_or_path (pipeline=...)")
-    if rank is not None and (format in FUSED or rank < 1):
-        problems.append(f"rank is {rank}; it is 1 or more, and only for LoRA formats")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        problems.append(f"dtype {dtype} is not written; it is float16, bfloat16 or float32")
-    return problems
-
-
-def base_problems(subspace: Subspace, pipeline: Any, strict: bool) -> list[str]:
-    """Return why a pipeline is not the subspace's base."""
-    if not subspace.complete:
-        return ["this subspace was loaded without its base's weights; load it with them"]
-    if pipeline is None:
-        return []
-    from share_diffusion.attached import attach_problems
-
-    return attach_problems(pipeline, subspace, strict)
-
-
-def planned(path: Path, format: str) -> list[Path]:
-    """Return the files or the folder that an export takes."""
-    if format in SINGLE:
-        return [path, *([path.with_suffix(".json"), path.with_suffix(".png")] if format != "checkpoint" else [])]
-    return [] if format == "comfyui" else [path]
+def judged_places(path: Path, format: str, files: Sequence[Path]) -> list[Path]:
+    """Return what of an export the programs are asked about: of a ComfyUI folder only what was written for them."""
+    if format != "comfyui":
+        return [path]
+    return [file for file in files if file.suffix == ".safetensors" and file.parent.name != "share"]
 
 
 def prepared(
     subspace: Subspace,
     blend: Blend,
-    path: Path,
+    title: str,
     format: str,
     pipeline: Any,
     rank: int | None,
@@ -154,8 +142,7 @@ def prepared(
     # An untouched base may be fused into nothing; a LoRA of nothing is an error that `weighted` words.
     made = None if format in FUSED and not cores else weighted(subspace, cores, rank)
     family = family_in(subspace, pipeline)
-    title = path.stem if format in SINGLE else path.name
-    said = about(subspace, blend, family, title)
+    said = about(subspace, blend, family, title, predicted(pipeline) if pipeline is not None else "")
     if made is not None and format not in FUSED:
         said = replace(said, rank=made.rank, error=made.error)
     picture = None
@@ -191,8 +178,6 @@ def write(task: Task, stage: Path, name: str) -> None:
         assert task.lora is not None
         write_peft(task.lora, stage, task.dtype, task.about.base, installed_names(task.pipeline))
     elif task.format == "comfyui":
-        from share_diffusion.export.comfyui import write_comfyui
-
         write_comfyui(task, stage)
     else:
         with fused(task.pipeline, task.lora):
@@ -232,9 +217,3 @@ def installed_names(pipeline: Any) -> dict[str, list[str]]:
     with torch.device("meta"):
         models = {"text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
     return {name: [path for path, _ in model.named_modules()] for name, model in models.items()}
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise ValueError with all problems, if there are any."""
-    if problems:
-        raise ValueError("; ".join(problems))

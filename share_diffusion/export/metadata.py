@@ -25,7 +25,10 @@ THUMBNAIL_SIDE = 256
 
 @dataclass(frozen=True)
 class About:
-    """What is said of an export: its title, the blend it holds, and what its concepts bring along."""
+    """What is said of an export: its title, the blend it holds, and what its concepts bring along.
+
+    `prediction` is ModelSpec's word for what the base predicts, '' where the base is not at hand to tell.
+    """
 
     title: str
     blend: Blend
@@ -35,6 +38,7 @@ class About:
     base: str = ""
     rank: int = 0
     error: float = 0.0
+    prediction: str = ""
 
     @property
     def trigger(self) -> str:
@@ -42,12 +46,18 @@ class About:
         return ", ".join(self.triggers)
 
 
-def about(subspace: Subspace, blend: Blend, family: Family, title: str, rank: int = 0, error: float = 0.0) -> About:
+def acting(blend: Blend) -> list[str]:
+    """Return the concepts that a blend holds: those with a term of a weight other than 0, though their sum may be 0."""
+    return list(dict.fromkeys(term.name for term in blend.terms if term.weight))
+
+
+def about(subspace: Subspace, blend: Blend, family: Family, title: str, prediction: str = "") -> About:
     """Return what is known of a blend of a subspace's concepts; a concept of weight 0 is not part of it."""
-    concepts = [subspace[name] for name, weight in blend.weights.items() if weight]
+    concepts = [subspace[name] for name in acting(blend)]
     triggers = dict.fromkeys(concept.trigger for concept in concepts if concept.trigger)
     licences = dict.fromkeys(str(concept.details["license"]) for concept in concepts if concept.details.get("license"))
-    return About(title, blend, family, tuple(triggers), " AND ".join(licences), subspace.base.name, rank, error)
+    said = " AND ".join(licences)
+    return About(title, blend, family, tuple(triggers), said, subspace.base.name, prediction=prediction)
 
 
 def lora_metadata(about: About, picture: Image.Image | None = None) -> dict[str, str]:
@@ -72,11 +82,11 @@ def modelspec(about: About, architecture: str, picture: Image.Image | None = Non
         "implementation": family.implementation,
         "title": about.title,
         "resolution": f"{family.resolution}x{family.resolution}" if family.resolution else "",
-        "prediction_type": {"sd_v2_v": "v"}.get(family.kohya, "epsilon") if family.kohya.startswith("sd") else "",
+        "prediction_type": about.prediction,
         "description": f"Share blend: {about.blend}" if about.blend.weights else "",
         "trigger_phrase": about.trigger,
         "usage_hint": usage_hint(about),
-        "merged_from": ", ".join(name for name, weight in about.blend.weights.items() if weight),
+        "merged_from": ", ".join(acting(about.blend)),
         "license": about.licence,
         "thumbnail": data_url(picture) if picture is not None else "",
     }

@@ -9,7 +9,7 @@ from PIL import Image
 
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import Sampling, generate, png_info, save_png
-from share_diffusion.export.metadata import About
+from share_diffusion.export.metadata import About, acting
 from share_diffusion.subspace import Subspace
 
 SEED = 0
@@ -17,7 +17,8 @@ SEED = 0
 
 def preview_prompt(subspace: Subspace, blend: Blend) -> str:
     """Return the first prompt of the blend's strongest concept, or the triggers of all where it has none."""
-    concepts = [subspace[name] for name in sorted(blend.weights, key=lambda name: -abs(blend.weights[name]))]
+    loudest = {term.name: abs(term.weight) for term in sorted(blend.terms, key=lambda term: abs(term.weight))}
+    concepts = [subspace[name] for name in sorted(acting(blend), key=lambda name: -loudest[name])]
     prompts = [str(prompt) for concept in concepts for prompt in (concept.details.get("prompts") or ())]
     return prompts[0] if prompts else ", ".join(concept.trigger for concept in concepts if concept.trigger) or "a picture"
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from share_diffusion.export.family import OTHER, Family, family_of
-from share_diffusion.export.readers import READERS
+from share_diffusion.export.readers import READERS, peft
 from share_diffusion.export.readers.keys import apart, checkpoint_names, is_stock
 from share_diffusion.lora.file import HEADER_LIMIT, file_problem
 
+SHOWN = 20
 PIPELINE_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one program matches of one file: so many of its keys, and the reasons for the rest, the commonest first."""
+    """What one program matches of one file: so many of its keys, and the reasons for the rest, the commonest first.
+
+    `program` is empty where no program can be asked about the file; the one reason tells why.
+    """
 
     file: str
     program: str
@@ -30,14 +34,17 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if not self.program:
+            return "\n".join(self.reasons)
         line = f"{self.program:<14} {self.matched:>5} of {self.present} keys"
         return "\n".join([line, *(f"{'':<15} {reason}" for reason in self.reasons)])
 
 
 def verify(path: Path) -> list[Verdict]:
-    """Return each program's verdict on an exported file, pipeline folder, PEFT folder or ComfyUI folder.
+    """Return each program's verdict on an exported file, a pipeline folder, or every export in a folder.
 
-    Raises ValueError where there is no export in this place.
+    A folder may be ComfyUI's, a PEFT adapter's or hold several exports; what else of tensors lies there has a verdict
+    without a program. Raises ValueError where there is no export in this place.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
@@ -45,24 +52,48 @@ def verify(path: Path) -> list[Verdict]:
         return file_verdicts(path)
     if (path / "model_index.json").is_file():
         return folder_verdicts(path)
-    files = sorted([*path.glob("*.safetensors"), *path.glob("models/*/*.safetensors")])
-    components = sorted(path.glob("*/adapter_config.json"))
-    if components:
-        return [peft_verdict(config.parent) for config in components]
-    files = [file for file in files if file.parent.name != "share"]
-    if not files:
+    judged, unknown = [], []
+    for place, judge in exports_in(path):
+        name = path.resolve().name if place == path else place.relative_to(path).as_posix()
+        try:
+            judged += [replace(verdict, file=name) for verdict in judge(place)]
+        except ValueError as error:
+            unknown.append(Verdict(name, "", 0, 0, (str(error).removeprefix(f"{place}: "),)))
+    if not judged and not unknown:
         raise ValueError(f"{path}: no export that is known; expected a .safetensors file, a pipeline, PEFT or ComfyUI folder")
-    return [verdict for file in files for verdict in file_verdicts(file)]
+    if not judged:
+        raise ValueError(none_known(path, unknown))
+    return [*judged, *unknown]
+
+
+def none_known(path: Path, unknown: Sequence[Verdict]) -> str:
+    """Return the message for a folder in which nothing can be judged."""
+    told = [f"\n  - {verdict.file}: {verdict.reasons[0]}" for verdict in unknown[:SHOWN]]
+    more = [f"\n  - and {len(unknown) - SHOWN} more"] if len(unknown) > SHOWN else []
+    return f"{path}: {len(unknown)} file{'s' * (len(unknown) > 1)}, none of them an export:{''.join([*told, *more])}"
+
+
+def exports_in(folder: Path) -> Iterator[tuple[Path, Callable[[Path], list[Verdict]]]]:
+    """Yield what in a folder may be an export, with what judges it; two levels down, as `--each` writes PEFT's."""
+    for index in sorted(folder.glob("*/model_index.json")):
+        yield index.parent, folder_verdicts
+    for config in sorted({found for depth in ("", "*/", "*/*/") for found in folder.glob(f"{depth}{peft.CONFIG}")}):
+        yield config.parent, peft_verdicts
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("models/*/*.safetensors")]):
+        # What the nodes of app/comfyui read, and PEFT's own file beside its configuration.
+        if file.parent != folder / "models" / "share" and not (file.parent / peft.CONFIG).is_file():
+            yield file, file_verdicts
 
 
 def shapes_of(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return a safetensors file's shapes by key, and its metadata, from its header alone."""
     if problem := file_problem(path):
         raise ValueError(f"{path}: {problem}")
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
-            raise ValueError(f"{path}: its header is above the limit of {HEADER_LIMIT} bytes; it is no export")
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > HEADER_LIMIT:
+            raise ValueError(f"{path}: its header is above the limit of {HEADER_LIMIT} bytes; it is no export")
         with safe_open(path, "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -79,7 +110,15 @@ def file_verdicts(path: Path) -> list[Verdict]:
     if not any(apart(key)[1] for key in shapes):
         raise ValueError(f"{path}: neither a LoRA nor a checkpoint; its keys: {', '.join(sorted(shapes)[:3])}")
     family = lora_family(shapes)
-    return [judged(path.name, reader.NAME, {key: reader.lora(key, family) for key in shapes}) for reader in READERS]
+    flat = {key: shape_problem(key, shape) for key, shape in shapes.items()}
+    found = ((reader, {key: flat[key] or reader.lora(key, family) for key in shapes}) for reader in READERS)
+    return [judged(path.name, reader.NAME, reasons) for reader, reasons in found]
+
+
+def shape_problem(key: str, shape: tuple[int, ...]) -> str | None:
+    """Return why a tensor with the name of a LoRA's matrix is none, or None."""
+    ending = apart(key)[1]
+    return "no matrix, by its shape" if ending and ending != ".alpha" and len(shape) < 2 else None
 
 
 def judged(file: str, program: str, found: dict[str, str | None], also: Sequence[str] = ()) -> Verdict:
@@ -99,7 +138,7 @@ def lora_family(shapes: dict[str, tuple[int, ...]]) -> Family:
     sides: dict[str, dict[str, int]] = {}
     for key, shape in shapes.items():
         found = split_kohya(key) if key.startswith("lora_") else split_dotted(key)
-        if found and found[1] != "alpha":
+        if found and found[1] in ("up", "down") and len(shape) > 1:
             sides.setdefault(found[0], {})[found[1]] = shape[0] if found[1] == "up" else shape[1]
     return family_of({layer: (pair.get("up", 0), pair.get("down", 0)) for layer, pair in sides.items()})
 
@@ -116,8 +155,9 @@ def checkpoint_verdict(path: Path, reader: Any, shapes: dict[str, tuple[int, ...
 def checkpoint_family(shapes: dict[str, tuple[int, ...]]) -> Family:
     """Return the family that a checkpoint's cross-attention tells."""
     prefix = "model.diffusion_model."
-    wide = {shape[1] for key, shape in shapes.items() if key.startswith(prefix) and key.endswith("attn2.to_k.weight")}
-    first = shapes.get(f"{prefix}input_blocks.0.0.weight", (0,))[0]
+    keys = [shape for key, shape in shapes.items() if key.startswith(prefix) and key.endswith("attn2.to_k.weight")]
+    wide = {shape[1] if len(shape) == 2 else 0 for shape in keys}
+    first = next(iter(shapes.get(f"{prefix}input_blocks.0.0.weight", ())), 0)
     return family_of({"unet.any.attn2.to_k": (320, wide.pop())}) if len(wide) == 1 and first == 320 else OTHER
 
 
@@ -147,23 +187,19 @@ def pipeline_family(path: Path) -> Family:
     try:
         config = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
         width, first = int(config["cross_attention_dim"]), int(config["block_out_channels"][0])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return OTHER
     return family_of({"unet.any.attn2.to_k": (320, width)}) if first == 320 else OTHER
 
 
-def peft_verdict(folder: Path) -> Verdict:
-    """Return PEFT's verdict on one component's folder: every matrix has a pair, and the configuration its rank."""
-    shapes, _ = shapes_of(folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = set(config.get("target_modules") or ())
-    found = {key: None if peft_module(key) in targets else "target_modules does not name it" for key in shapes}
-    return judged(folder.name, "PEFT", found)
-
-
-def peft_module(key: str) -> str:
-    """Return the module that a key of PEFT's file is about."""
-    return apart(key)[0].removeprefix("base_model.model.")
+def peft_verdicts(folder: Path) -> list[Verdict]:
+    """Return PEFT's verdict on one component's folder, or that only PEFT itself can tell."""
+    config = peft.config_of(folder)
+    shapes, _ = shapes_of(folder / peft.WEIGHTS)
+    if reason := peft.unjudged(config):
+        return [Verdict(folder.name, "", 0, len(shapes), (reason,))]
+    found = {key: shape_problem(key, shape) or peft.lora(key, shape, config) for key, shape in shapes.items()}
+    return [judged(folder.name, peft.NAME, found)]
 
 
 def lines(verdicts: Sequence[Verdict]) -> Iterator[str]:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from share_diffusion.active import Active
 from share_diffusion.basis import RANK_TOLERANCE, thin_svd
-from share_diffusion.blend import Blend
+from share_diffusion.blend import Blend, Term
 from share_diffusion.cores import CoreTable
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.blocks import block_groups
 from share_diffusion.subspace import Subspace
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,41 @@ class Weighted:
 def cores_of(subspace: Subspace, blend: Blend) -> dict[str, Tensor]:
     """Return the core (k', k) of every layer that a blend changes, block groups and merge methods included.
 
-    A LoRA acts everywhere and at every step: a blend with regions or a schedule is a ValueError that names its terms.
+    A LoRA acts everywhere and at every step: a blend with regions or a schedule is a ValueError that names its terms, as
+    is one whose update float32 cannot hold.
     """
     if moving := [term.name for term in blend.terms if term.steps or term.region]:
         raise ValueError(
             f"{', '.join(dict.fromkeys(moving))}: [steps=...] and [region=...] cannot be put into weights, which act at every "
             "step and everywhere; leave these options out, or export the concepts one by one and schedule them there"
         )
-    if blend.plain:
-        return subspace.blend(blend.weights)
+    if problems := [problem for term in blend.terms if (problem := overflow_problem(subspace, term))]:
+        raise ValueError("; ".join(problems))
+    cores = subspace.blend(blend.weights) if blend.plain else merged(subspace, blend)
+    if broken := [layer for layer, core in cores.items() if not torch.isfinite(core).all()]:
+        raise ValueError(
+            f"the blend leaves the range of float32 in {len(broken)} layers, such as {broken[0]}; give it smaller weights"
+        )
+    return cores
+
+
+def overflow_problem(subspace: Subspace, term: Term) -> str | None:
+    """Return why a term's own cores leave the range of float32, with the largest weight that fits, or None."""
+    if not term.weight or term.name not in subspace.concepts:
+        return None
+    peaks = (float(entry.core().abs().max()) for entry in subspace[term.name].coefficients.values())
+    peak, factor = max(peaks, default=0.0), max((abs(factor) for _, factor in term.blocks or ()), default=1.0)
+    if factor * max(peak, 1.0) > LARGEST:
+        return f"{term.name}: the factor {factor:g} of its blocks leaves the range of float32; give it a smaller one"
+    limit = LARGEST / max(factor * peak, 1.0)
+    if abs(term.weight) <= limit:
+        return None
+    # Rounded to three digits it is not above the limit.
+    return f"{term.name}: weight {term.weight:g} leaves the range of float32; weights up to about {0.995 * limit:.3g} fit"
+
+
+def merged(subspace: Subspace, blend: Blend) -> dict[str, Tensor]:
+    """Return the cores of a blend with block groups or a merge method, as they act when it is attached."""
     table = CoreTable(subspace, block_groups(subspace.layers))
     active = Active([blend], table, {})
     moment = active.moment(0.0)

@@ -41,11 +41,11 @@ def staged(folder: Path, *, replace: bool = False, entire: bool = False) -> Iter
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def in_the_way(paths: list[Path]) -> None:
-    """Raise ValueError with the files that an export would overwrite, if there are any."""
+def in_the_way(paths: list[Path], remedy: str = "choose another place") -> None:
+    """Raise ValueError with the files that an export would overwrite, if there are any, and what else to do."""
     if taken := [path for path in paths if os.path.lexists(path) and not is_empty_folder(path)]:
         more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
-        raise ValueError(f"{', '.join(map(str, taken[:3]))}{more} is already there; choose another place or pass --replace")
+        raise ValueError(f"{', '.join(map(str, taken[:3]))}{more} is already there; {remedy} or pass --replace")
 
 
 def is_empty_folder(path: Path) -> bool:

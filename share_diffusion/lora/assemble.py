@@ -85,10 +85,12 @@ def converted(convert: lycoris.Product, parts: Mapping[Role, Tensor], alpha: flo
         raise ValueError(f"has {', '.join(mixed)} of a LoRA beside {min(parts.keys() - set(mixed))}; keep one of the two")
     if not all(torch.isfinite(part).all() for part in parts.values()):
         raise ValueError("holds NaN or infinite values; the file is broken, train or download it again")
+    shapes = ", ".join(f"{role} {tuple(part.shape)}" for role, part in sorted(parts.items()))
+    if not all(part.numel() for part in parts.values()):
+        raise ValueError(f"{shapes} are empty; leave out a layer that has no update")
     try:
         return convert(parts, alpha, layer, most)
     except (RuntimeError, IndexError) as error:
-        shapes = ", ".join(f"{role} {tuple(part.shape)}" for role, part in sorted(parts.items()))
         raise ValueError(f"its matrices do not fit together: {shapes}") from error
 
 
@@ -124,6 +126,8 @@ def single(parts: Parts, role: Role) -> Tensor:
 
 def alpha_of(tensor: Tensor) -> float:
     """The number in an alpha tensor, refused where programs would disagree about its meaning."""
+    if tensor.is_complex():
+        raise ValueError(f"alpha is {tensor.dtype}; expected one finite number")
     alpha = float(tensor) if tensor.numel() == 1 else math.nan
     if not math.isfinite(alpha) or alpha == 0:
         shown = alpha if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"

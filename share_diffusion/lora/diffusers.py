@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -79,7 +81,7 @@ def json_object(text: str, source: str) -> Config:
     """A JSON object out of `source`."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source} is a JSON {type(value).__name__}; expected an object with r and lora_alpha")
@@ -88,22 +90,26 @@ def json_object(text: str, source: str) -> Config:
 
 def checked(config: Config) -> Config:
     """The config itself, or a ValueError with all that keeps it from giving a scale."""
-    problems = [f"{key} is {config[key]!r}" for key in ("r", "lora_alpha") if not positive(config.get(key, 8))]
-    problems += [f"peft_type is {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
+    shown = reprlib.repr  # a number may have thousands of digits
+    problems = [f"{key} is {shown(config[key])}" for key in ("r", "lora_alpha") if not positive(config.get(key, 8))]
+    problems += [f"peft_type is {shown(config['peft_type'])}"] if config.get("peft_type", "LORA") != "LORA" else []
     problems += ["use_dora is set"] if config.get("use_dora") else []
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            problems.append(f"{key} is {shown(pattern)}")
+            continue
         wrong = [name for name in pattern if not re.fullmatch(r"\^?[\w.\\]+", name) or not positive(pattern[name])]
-        problems += [f"{key} has {name!r}" for name in wrong]
+        problems += [f"{key} has {shown(name)}" for name in wrong]
     if problems:
-        expected = "positive numbers, plain module names as patterns, and LoRA without DoRA"
+        expected = "positive numbers, objects with plain module names as patterns, and LoRA without DoRA"
         raise ValueError(f"the PEFT config cannot be read: {', '.join(problems)}; expected {expected}")
     return config
 
 
 def positive(value: object) -> bool:
-    """Whether a JSON value is a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Whether a JSON value is a number above 0 that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def scale_of(found: Mapping[str, Config]) -> Scale:

@@ -55,6 +55,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         header = json.loads(data[8 : 8 + size], object_pairs_hook=without_doubles)
         tensors = load(data)
+    except KeyError as error:
+        raise ValueError(f"{path}: holds numbers of kind {error}, which no LoRA is made of; convert them to float16") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid safetensors file ({error}); download it again") from None
     if len(tensors) > TENSOR_LIMIT:

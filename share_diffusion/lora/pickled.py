@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from torch import Tensor
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 SIZE_LIMIT = 8 * 2**30
 PICKLE_LIMIT = 16 * 2**20
+ENCRYPTED = 1  # the bit of a zip member's flags
 MEMBER_LIMIT = 200_000
+# What an archive or a pickle with a few wrong bytes raises, in zipfile and in torch.load.
+DAMAGED = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -27,11 +34,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     archive = copied(path)
     try:
         held = torch.load(archive, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except DAMAGED as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it would call {called[1]}" if called else type(error).__name__
         raise ValueError(f"{path}: not tensors alone ({reason}); where you trust it, convert it to .safetensors") from None
-    tensors = named(held)
+    tensors = named(held["state_dict"] if isinstance(held, dict) and set(held) == {"state_dict"} else held)
     if tensors is None:
         raise ValueError(f"{path}: holds a {type(held).__name__}; expected tensors by name, or a list of up and down matrices")
     if wrong := [name for name, tensor in tensors.items() if not is_plain(tensor)]:
@@ -44,26 +51,30 @@ def copied(path: Path) -> io.BytesIO:
     size = path.stat().st_size
     if size > SIZE_LIMIT:
         raise ValueError(f"{path}: {size:,} bytes; no LoRA needs more than the limit of {SIZE_LIMIT:,}")
-    target = io.BytesIO()
+    target, problem = io.BytesIO(), None
     try:
         with zipfile.ZipFile(path) as source:
             members = source.infolist()
-            if problem := bomb(members, size):
-                raise ValueError(f"{path}: {problem}; it is not opened")
-            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as safe:
-                for member in members:
-                    safe.writestr(zipfile.ZipInfo(member.filename), source.read(member))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+            if not (problem := bomb(members, size)):
+                with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as safe:
+                    for member in members:
+                        safe.writestr(zipfile.ZipInfo(member.filename), source.read(member))
+    except (*DAMAGED, OSError) as error:
         raise ValueError(
             f"{path}: not a file of torch.save since version 1.6 ({error}); convert it where you trust it: "
             'safetensors.torch.save_file(torch.load(old, map_location="cpu", weights_only=True), new)'
         ) from None
+    if problem:
+        raise ValueError(f"{path}: {problem}; it is not opened")
     target.seek(0)
     return target
 
 
 def bomb(members: list[zipfile.ZipInfo], size: int) -> str | None:
-    """Why an archive would grow when it is opened, or None."""
+    """Why an archive cannot be opened or would grow when it is, or None."""
+    locked = [member.filename for member in members if member.flag_bits & ENCRYPTED]
+    if locked:
+        return f"{len(locked)} of its parts are encrypted ({locked[0]!r}), which torch never does"
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed:
         return f"{len(packed)} of its parts are compressed ({packed[0]!r}), which torch never does"
@@ -77,8 +88,6 @@ def bomb(members: list[zipfile.ZipInfo], size: int) -> str | None:
 
 def named(held: object) -> dict[str, Tensor] | None:
     """What was loaded as tensors by name, or None where it is something else."""
-    if isinstance(held, dict) and set(held) == {"state_dict"}:
-        return named(held["state_dict"])
     if isinstance(held, list):
         roles = ("up", "down")
         pairs = {f"list:{place // 2}:{roles[place % 2]}": tensor for place, tensor in enumerate(held)}
