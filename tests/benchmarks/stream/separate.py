@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +139,8 @@ class OwnLoRA:
 class CompressedLoRA(OwnLoRA):
     """Own LoRAs made small after training: a truncated SVD to `keep` ranks, then `bits` bits per number."""
 
-    def __init__(self, bench: Workbench, seed: int, keep: int | None = None, bits: int = 16, rank: int | None = None) -> None:
-        super().__init__(bench, seed, rank)
+    def __init__(self, bench: Workbench, seed: int, keep: int | None = None, bits: int = 16, **training: Any) -> None:
+        super().__init__(bench, seed, **training)
         self.keep, self.bits = keep, bits
 
     def learn(self, concept: str) -> Lesson:

@@ -197,9 +197,10 @@ class PaperStream:
         centred: bool = True,
         finetune: int = 0,
         rate: float | None = None,
+        decay: float = 0.0,
     ) -> None:
         self.bench, self.seed, self.rank, self.centred, self.finetune_steps = bench, seed, basis_rank, centred, finetune
-        self.rate = rate or bench.plan.training.factor_rate  # of the temporary factors
+        self.rate, self.decay = rate or bench.plan.training.factor_rate, decay  # of the temporary factors; of all that trains
         self.adaptation = Adaptation("temporary", pseudo_rank, temporary_rank, bench.plan.training.rank)
         self.bases: dict[str, Basis] = {}
         self.concepts: dict[str, dict[str, Coefficients]] = {}
@@ -213,7 +214,7 @@ class PaperStream:
         else:
             learner = make_learner(self.bench.modules, self.bases, self.adaptation, {}, self.seed)
             rates = (training.rate, self.rate)
-            lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, self.seed), rates)
+            lesson = self.bench.teach(learner, concept, self.bench.lessons(concept, self.seed), rates, decay=self.decay)
             lora = learner.lora()
         started = time.perf_counter()
         self.merge(concept, lora)
