@@ -18,7 +18,7 @@ from app.cards import Card, CardPictures, found, page_of
 from app.export import FORMATS, write_blend
 from app.history import History
 from app.job import Job, Lesson
-from app.knowledge import byte_facts, read_reports, spectrum_rows
+from app.knowledge import byte_facts, read_reports, report_files, spectrum_rows
 from app.masks import read_mask, write_mask
 from app.mix import mixer_of, newest, taken_from, with_concept, without_concept
 from app.plans import axis_of, strip_plan, sweep_plan, with_and_without
@@ -376,6 +376,10 @@ def test_what_no_lora_can_hold_is_refused_and_nothing_is_left(subspace, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_blend_that_is_not_named_is_called_by_its_concepts(subspace, tmp_path):
+    assert write_blend(subspace, "robot:1", None, next(iter(FORMATS)), tmp_path).name == "robot.safetensors"
+
+
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "C:\\x", "..", "CON", "aux.txt", "a" * 300, "\u202egnp", " "])
 def test_an_export_stays_in_its_folder_whatever_it_is_called(subspace, tmp_path, name):
     path = write_blend(subspace, "robot:1", name, next(iter(FORMATS)), tmp_path / "exports")
@@ -400,7 +404,7 @@ def test_a_file_that_is_no_picture_stops_a_lesson_before_it_starts(tmp_path):
     lesson = Lesson.of([str(tmp_path / "bad.png")], "x", "subject", "", 10, [])
     job = Job(lesson, tmp_path / "s.safetensors", "tiny", tmp_path / "lessons")
     with pytest.raises(ValueError, match=r"bad\.png"):
-        job.start()
+        job.take_pictures()
     assert list((tmp_path / "lessons").iterdir()) == []
 
 
@@ -438,7 +442,19 @@ def test_broken_reports_are_passed_over(tmp_path):
     (tmp_path / "a" / "report.json").write_text("{")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "report.json").write_text(json.dumps({"concept": "b", "retention": {"after": {"b": 0.5}}}))
-    assert read_reports([tmp_path, tmp_path / "absent"], ["b"]) == {"b": {"b": 0.5}}
+    paths = report_files(tmp_path / "s.safetensors", tmp_path / "absent")
+    assert len(paths) == 2
+    assert read_reports([*paths, tmp_path / "gone.json"], ["b"]) == {"b": {"b": 0.5}}
+
+
+def test_reports_are_looked_for_only_where_training_writes_them(tmp_path):
+    lesson, beside = tmp_path / "lessons" / "20260101-000000-a" / "tiny" / "a", tmp_path / "tiny" / "b"
+    elsewhere = tmp_path / "tiny" / "photos" / "deep" / "er"
+    for folder in (lesson, beside, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text("{}")
+    found = report_files(tmp_path / "tiny" / "subspace.safetensors", tmp_path / "lessons")
+    assert found == [beside / "report.json", lesson / "report.json"]
 
 
 # the form in the browser
@@ -459,17 +475,20 @@ def test_what_the_browser_kept_is_checked(tmp_path):
 
 
 def allowed(**headers):
-    guard = Guard(None, 7860)
+    guard = Guard(None)
     return guard.allows({name.encode(): value.encode() for name, value in headers.items()})
 
 
 def test_only_this_machines_names_are_answered():
     assert allowed(host="127.0.0.1:7860")
     assert allowed(host="localhost:7860", origin="http://localhost:7860")
-    for host in ("evil.example", "evil.example:7860", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.evil.example:7860", ""):
+    assert allowed(host="localhost:9000", origin="http://localhost:9000")  # an ssh tunnel from another port
+    for host in ("evil.example", "evil.example:7860", "127.0.0.1.evil.example:7860", "localhost:x", "x@localhost:7860", ""):
         assert not allowed(host=host)
     for origin in ("null", "http://evil.example", "https://127.0.0.1:7860", "http://127.0.0.1:1", "http://127.0.0.1.evil:7860"):
         assert not allowed(host="127.0.0.1:7860", origin=origin)
+    assert not allowed(host="evil.example:7860", origin="http://evil.example:7860")  # a name that was bound to this machine
+    assert not allowed(host="localhost:7860", origin="http://localhost:3000")  # another program's page on this machine
 
 
 def test_the_page_is_served_with_the_narrowest_settings(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import concept
 import pytest
@@ -142,10 +143,18 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(workplace, capsys):
     assert "0.png: 0.txt is not UTF-8" in capsys.readouterr().err
 
 
+def test_the_column_of_captions_is_that_of_class_folders_too(workplace):
+    words = ["--concept", "mycat", *own_photos(workplace), "--caption_column", "prompt"]
+    rows = [json.dumps({"file_name": f"{number}.png", "prompt": "a photo of a house"}) for number in range(2)]
+    (workplace / "houses/metadata.jsonl").write_text("\n".join(rows))
+    words += ["--with_prior_preservation", "--class_prompt", "a house", "--class_data_dir", "houses", "--num_class_images", "2"]
+    assert run(*words, "--dry_run") == 0
+
+
 @pytest.mark.slow
 def test_validation_draws_measures_stops_early_and_is_told_to_other_programs(workplace, capsys):
     assert run("--concept", "robot") == 0
-    words = ["--concept", "watercolor", "--learning_rate", "0", "--factor_learning_rate", "0", "--max_train_steps", "6"]
+    words = ["--concept", "watercolor", "--learning_rate", "0", "--factor_learning_rate", "1e-12", "--max_train_steps", "6"]
     words += ["--validation_steps", "1", "--early_stop", "2", "--progress_file", "progress.jsonl", "--adaptation", "lora"]
     assert run(*words, "--finetune_steps", "0") == 0
     assert "learned after 2 steps" in capsys.readouterr().out
@@ -245,6 +254,47 @@ def test_columns_are_measured_once_and_written_before_anything_trains(workplace,
     assert list(Subspace.load(file).concepts) == ["mycat"]
 
 
+def test_a_stop_after_the_merge_says_that_the_concept_is_held(workplace, monkeypatch, capsys):
+    drawn = []
+
+    def stop_at_the_second(*_):
+        drawn.append(1)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(concept, "draw_base", lambda *_: [])
+    monkeypatch.setattr(concept, "draw_concepts", stop_at_the_second)
+    assert concept.main([*FAST, "--cpu", "--concept", "robot", "--progress_file", "progress.jsonl"]) == 130
+    said = capsys.readouterr().err
+    assert "robot is learned all the same" in said
+    assert "as it was" not in said
+    assert list(Subspace.load(file_of(workplace)).concepts) == ["robot"]
+    assert json.loads((workplace / "outputs/tiny/robot/report.json").read_text())["concept"] == "robot"
+    assert "robot is learned" in read_progress(workplace / "progress.jsonl")[0][-1]["stopped"]
+
+
+def test_a_norm_of_zero_clips_nothing_and_learning_nothing_is_told(workplace, one_thread, capsys):
+    for file, norm in (("none", "0"), ("huge", "1e30")):
+        assert run("--concept", "robot", "--max_grad_norm", norm, "--subspace", f"{file}.safetensors") == 0
+    assert (workplace / "none.safetensors").read_bytes() == (workplace / "huge.safetensors").read_bytes()
+    assert run("--concept", "robot", "--learning_rate", "0", "--subspace", "other.safetensors") == 1
+    assert "'robot' has learned nothing" in capsys.readouterr().err
+    assert not (workplace / "other.safetensors").exists()
+
+
+def test_a_checkpoint_knows_its_processes_and_what_was_preserved():
+    def facts(processes, weight, names):
+        settings = concept.ConceptSettings(preserve_weight=weight)
+        subspace = SimpleNamespace(basis_version="x", concepts=dict.fromkeys(names))
+        accelerator = SimpleNamespace(num_processes=processes)
+        return states.facts_of(SimpleNamespace(settings=settings, data="", subspace=subspace, accelerator=accelerator))
+
+    assert facts(1, 0.0, ["a"]) == facts(1, 0.0, ["b"])
+    assert facts(1, 0.5, ["a"]) != facts(1, 0.5, ["a", "b"])
+    assert facts(1, 0.0, ["a"]) != facts(2, 0.0, ["a"])
+
+
 def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
     loss = concept.denoising_loss
     calls = []
@@ -257,7 +307,8 @@ def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
 
     monkeypatch.setattr(concept, "denoising_loss", terminate)
     before = signal.getsignal(signal.SIGTERM)
-    assert run("--concept", "robot", "--checkpointing_steps", "100") == 130
+    assert run("--concept", "robot", "--checkpointing_steps", "100", "--progress_file", "progress.jsonl") == 130
+    assert "as it was" in read_progress(workplace / "progress.jsonl")[0][-1]["stopped"]
     assert list((workplace / "outputs/tiny/robot").glob("checkpoint-*/manifest.json"))
     assert not file_of(workplace).exists()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -343,9 +394,24 @@ def test_nan_stops_before_the_step_and_names_the_pictures(workplace, monkeypatch
         (["--concept", "robot", "--budget", "many"], "'many' is not a size"),
         (["--concept", "robot", "--pseudo_rank", "0"], "pseudo_rank is 0"),
         (["--concept", "robot", "--targets", "nothing_like_it"], "chooses no layer"),
+        (["--concept", "robot", "--basis_rank", "1"], "columns that never change; raise it"),
+        (["--concept", "robot", "--basis_rank", "1", "--dry_run"], "columns that never change; raise it"),
+        (["--concept", "robot", "--budget", "420KB", "--dry_run"], "with robot in it the file takes"),
+        (["--concept", "robot", "--budget", "1e400"], "'1e400' is not a size"),
+        (["--concept", "robot", "--cache_dir", "afile"], "choose another --cache_dir"),
+        (["--concept", "robot", "--progress_file", "afile/x"], "choose another file"),
+        (
+            ["--concept", "robot", "--with_prior_preservation", "--class_prompt", "x", "--class_data_dir", "afile"],
+            "is no folder",
+        ),
+        (["--concept", "robot", "--derived_rank", "-1", "--basis", "random"], "--derived_rank is -1; it is 1 to"),
+        (["--concept", "robot", "--optimizer", "foo", "--dry_run"], "optimizer 'foo' is not known"),
+        (["--concept", "robot", "--optimizer_args", "betas=3"], "optimizer adamw with betas=3"),
+        (["--concept", "robot", "--resume", "nosuch", "--dry_run"], "--resume_from_checkpoint nosuch: there is no such folder"),
     ],
 )
 def test_bad_input_is_one_message(workplace, capsys, words, expected):
+    (workplace / "afile").write_text("")
     assert run(*words) == 1
     said = capsys.readouterr().err
     assert expected in said
@@ -362,9 +428,34 @@ def test_an_unknown_flag_names_the_nearest(workplace, capsys):
 def test_a_second_run_of_a_concept_is_refused_before_training(workplace, capsys):
     assert run("--concept", "robot") == 0
     before = file_of(workplace).read_bytes()
-    assert run("--concept", "robot") == 1
-    assert "already holds the concept 'robot'" in capsys.readouterr().err
+    assert run("--concept", "ROBOT", "--instance_data_dir", "data/robot", "--subspace", str(file_of(workplace))) == 1
+    said = capsys.readouterr().err
+    assert "already holds the concept 'robot'" in said
+    assert said.rstrip().endswith(f"share-diffusion drop '{file_of(workplace)}' robot")
     assert file_of(workplace).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["robot", "--concept", "zzz"], "--concept zzz is for train/concept.py"),
+        (["robot", "--instance_data_dir", "photos"], "--instance_data_dir photos is for one concept"),
+        (["robot", "--progress_file", "p.jsonl"], "--progress_file p.jsonl is for one concept"),
+        (["robot", "nosuch"], "nothing is known of concept 'nosuch'"),
+        (["robot", "ROBOT"], "more than once"),
+        (["robot", "--budget", "lots", "--workers", "2"], "is not a size"),
+    ],
+)
+def test_a_sequence_that_cannot_be_meant_learns_nothing(workplace, capsys, words, expected):
+    assert sequence.main([*QUICK, "--concepts", *words]) == 1
+    assert expected in capsys.readouterr().err
+    assert not (workplace / "outputs").exists()
+
+
+def test_a_dry_run_of_a_sequence_says_that_nothing_is_learned(workplace, capsys):
+    assert sequence.main([*QUICK, "--concepts", "robot", "--dry_run", "--workers", "2"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("nothing is learned (--dry_run)")
+    assert not (workplace / "outputs").exists()
 
 
 def test_resuming_with_other_settings_is_refused(workplace, capsys):

@@ -1,5 +1,6 @@
 """Facts about what the continual benchmark concludes: bounds in weight space, paired comparisons, targets and claims."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from stream.cells import Table
 from stream.claims import claims, others, targets
 from stream.figures import adherence_and_identity, over_scales
 from stream.plan import Plan, read_plan
-from stream.report import ORDER, ablations, conclusions, orders
+from stream.report import ORDER, ablations, conclusions, fresh, orders, read_long, write_report
 from stream.run import Stream
 from stream.scores import distinct, study
 from stream.shared import DECAY
@@ -251,3 +252,19 @@ def test_steps_that_are_never_reached_are_told_from_those_that_were_not_watched(
     found = a_study(tmp_path)
     assert "| steps to 95 % / the budget | never | <= 0.5 | **no** |" in targets(found, {"share": line})
     assert "| steps to 95 % / the budget | not measured |" in targets(found, {"share": {**line, "trainable": None}})
+
+
+def test_a_long_stream_of_other_concepts_is_not_this_ones(tmp_path):
+    said = {"first_ten": {"10": {"one": {}, "two": {}}}}
+    (tmp_path / "long_stream.json").write_text(json.dumps(said))
+    assert read_long(("two", "one"), tmp_path / "continual") == said
+    assert read_long(("one", "three"), tmp_path / "continual") is None
+
+
+def test_what_came_out_on_fresh_concepts_stands_in_the_report(tmp_path):
+    plan, rows = a_study(tmp_path).plan, Table(tmp_path / "cells.csv")
+    assert fresh(tmp_path / "continual") == ""
+    write_report(plan, rows, tmp_path / "continual_fresh")
+    text = fresh(tmp_path / "continual")
+    assert "On 2 others, on which nothing was chosen" in text
+    assert "| `share` | 1.100 |" in text

@@ -275,6 +275,7 @@ def test_measure_begins_a_file_and_never_touches_one_that_is_there(tmp_path, cap
     assert f"{columns:,} columns" in said
     assert columns <= 6 * 2 * len(few.layers)
     bad = [str(tmp_path / "no" / "x")], [str(tmp_path / "y"), "--derived_rank", "0"], [str(tmp_path / "y"), "--batch", "0"]
+    bad = *bad, [str(tmp_path / "y"), "--pictures", "8"]  # nothing is drawn for the embedded base
     for words in bad:
         assert main(["measure", *words]) == 1
         assert capsys.readouterr().err.startswith("error: ")

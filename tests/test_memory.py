@@ -1,12 +1,13 @@
 """Facts about fitting a base into less memory: recomputation changes no gradient, quantisation no identity."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
 
 from share_diffusion.base import load_base
-from share_diffusion.learning import freeze, predict
+from share_diffusion.learning import freeze, predict, recomputes
 from share_diffusion.memory import checkpoint_gradients, park, quantise, use_xformers
 from share_diffusion.models.identity import identify
 
@@ -26,6 +27,15 @@ def test_recomputed_activations_give_the_same_gradient():
     before = gradient(pipeline)
     checkpoint_gradients(pipeline)
     assert torch.allclose(gradient(pipeline), before, atol=1e-7)
+
+
+def test_whether_activations_are_recomputed_is_asked_without_a_warning():
+    pipeline = load_base("tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not recomputes(pipeline)
+        checkpoint_gradients(pipeline)
+        assert recomputes(pipeline)
 
 
 def test_parking_moves_what_no_step_needs():

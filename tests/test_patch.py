@@ -180,6 +180,9 @@ def test_the_command_folds_patches_in(tmp_path, capsys):
     assert list(load(path).concepts) == ["first", "a", "b"]
     assert main(["merge", str(path), patches[0], "some.safetensors"]) == 1
     assert "leave out some.safetensors" in capsys.readouterr().err
+    words = ["--kind", "subject", "--trigger", "sks", "--pseudo_rank", "2"]
+    assert main(["merge", str(path), patches[0], *words]) == 1
+    assert "leave out --kind, --trigger, --pseudo_rank" in capsys.readouterr().err
 
 
 def test_a_patch_knows_itself(tmp_path):

@@ -205,6 +205,28 @@ def test_subset_tables_join_folders_and_name_the_flag_for_the_rest(tmp_path):
     assert "a subset has no image_dir" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("datasets = 3", "datasets is 3; write it as a table, headed [[datasets]]"),
+        ("general = 1\n[[datasets]]\nsubsets = [1]", "subsets is [1]; write it as a table, headed [[datasets.subsets]]"),
+        ("general = 1\n[[datasets]]\nsubsets = [1]", "general is 1; write it as a table, headed [general]"),
+        ('[datasets]\nsubsets = "x"', "datasets is {'subsets': 'x'}"),
+    ],
+)
+def test_a_subset_table_of_another_form_is_one_message(tmp_path, text, expected):
+    (tmp_path / "data.toml").write_text(text)
+    with pytest.raises(ValueError, match="--dataset_config") as error:
+        read_subsets(tmp_path / "data.toml")
+    assert expected in str(error.value)
+
+
+def test_a_cache_that_is_a_file_is_one_message(tmp_path):
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(ValueError, match="choose another --cache_dir"):
+        Cache(tmp_path / "afile").keep("00ff", {"a": torch.zeros(1)})
+
+
 def test_an_imagefolder_of_hugging_face_is_read(tmp_path):
     inner = tmp_path / "hf" / "train"
     inner.mkdir(parents=True)
@@ -217,7 +239,12 @@ def test_an_imagefolder_of_hugging_face_is_read(tmp_path):
 
 
 def test_class_pictures_are_numbered_on(tmp_path):
-    assert class_folder("a photo of a cat").name == "a-photo-of-a-cat"
+    start = "a photo of a cat that sits on a mat and looks at something far "
+    asked = [("фото кота", "tiny", 64), ("写真", "tiny", 64), (start + "up", "tiny", 64), (start + "off", "tiny", 64)]
+    asked += [("a photo of a cat", "tiny", 64), ("a photo of a cat", "sdxl", 64), ("a photo of a cat", "tiny", 1024)]
+    assert len({class_folder(*one) for one in asked}) == len(asked)
+    assert class_folder("a photo of a cat", "tiny", 64).name.startswith("a-photo-of-a-cat-")
+    assert class_folder("фото кота", "tiny", 64).name.startswith("фото-кота-")
     for name in ("class-00000.png", "class-00002.png", "mine.jpg"):
         (tmp_path / name).write_bytes(b"")
     assert missing_pictures(tmp_path, 5) == [1, 3]

@@ -265,6 +265,19 @@ def test_hostile_names_are_text(view):
     assert view.locator("#status img").count() == 0
 
 
+def test_a_message_points_at_its_character(view):
+    view.locator(WRITTEN).fill("robot:0.5 + watercolor:0.3x + blueprint")
+    view.click("#draw")
+    says(view, "#status", "is not a number")
+    view.wait_for_selector("[data-testid=toast-text]")
+    for where in ("#status p", "[data-testid=toast-text]"):
+        style = view.evaluate("where => ({...getComputedStyle(document.querySelector(where))})", where)
+        assert style["whiteSpace"] == "pre-wrap"
+        assert "mono" in style["fontFamily"]
+        _, text, mark = view.locator(where).first.text_content().split("\n")
+        assert text[mark.index("^") :].startswith("0.3x")
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_nothing_for_axe_to_complain_of(view, colours):
     if AXE is None:

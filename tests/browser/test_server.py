@@ -35,13 +35,17 @@ def test_the_page_is_there(server):
     assert ask(server, "GET", "/")[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost"])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example"])
 def test_a_foreign_host_is_refused_everywhere(server, host):
     for path in ("/", "/config", "/gradio_api/info"):
         assert ask(server, "GET", path, Host=host)[0] == 403
 
 
-@pytest.mark.parametrize("origin", ["null", "http://evil.example", "https://127.0.0.1"])
+def test_an_ssh_tunnel_may_have_another_port(server):
+    assert ask(server, "GET", "/", Host="localhost:9000", Origin="http://localhost:9000")[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["null", "http://evil.example", "https://127.0.0.1", "http://127.0.0.1:3000"])
 def test_an_upload_from_another_site_is_refused(server, origin):
     assert upload(server, b"x", Origin=origin)[0] == 403
     assert upload(server, b"x", Origin=server.address)[0] == 200

@@ -297,7 +297,7 @@ def contact_sheet(study: Study, methods: Sequence[str], pictures: Path, path: Pa
     """Draw the same seed for every concept: when it was learned and after the last one, method by method."""
     names, last = study.plan.order(0)[: study.horizon], study.horizon
     lines: list[tuple[str, list[Path]]] = []
-    for method in methods:
+    for method in [name for name in methods if name in study.plan.methods]:
         when = [pictures / method / f"{place + 1:02d}-{name}.png" for place, name in enumerate(names)]
         end = [pictures / method / f"{last:02d}-{name}.png" for name in names]
         both = [(f"{method}: when learned", when), (f"{method}: after {last}", end)]

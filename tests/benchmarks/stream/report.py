@@ -90,6 +90,7 @@ def plain(found: Study, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], results: Path) -> str:
     """Return the whole report."""
     weights, concluded = read(results / "weights.csv"), conclusions(results)
+    long = read_long(found.plan.concepts, results)
     parts = [
         "# The continual benchmark",
         introduction(found, summary),
@@ -99,6 +100,7 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         method_table(found, summary["methods"]),
         breakdown(found, plain(found, summary["methods"])),
         headline(found),
+        fresh(results),
         figure("quality_bytes.png", "score against bytes", results),
         figure("stream.png", "score over the stream", results),
         figure("scales.png", "pictures that show the concept over adherence, at several scales of the weight", results),
@@ -109,13 +111,13 @@ def text_of(found: Study, summary: Mapping[str, Any], checked: Sequence[Gate], r
         figure("curves.png", "score over steps", results),
         transfer(found),
         "## What was to be reached",
-        targets(found, summary["methods"], weights, read_long(results)),
+        targets(found, summary["methods"], weights, long),
         "## The paper's claims, measured here",
         claims(found, summary["methods"], weights),
         ablations(found, concluded),
         orders(found, concluded),
         section(weights, results / "retention.png"),
-        long_stream(results),
+        long_stream(long),
         elsewhere(results),
         notes(results),
         "## Progress and cost",
@@ -287,15 +289,32 @@ def ablation_row(found: Study, name: str, last: int, about: str) -> str:
     return f"| {about} | {last} | {' | '.join(cells)} |"
 
 
-def read_long(results: Path) -> dict[str, Any] | None:
-    """Return what the long stream came to, None where it was not run."""
+def fresh(results: Path) -> str:
+    """Return what came out on concepts that nothing was chosen on, a plan and a report of their own, where that was run."""
+    place = results.with_name(f"{results.name}_fresh")
+    if not (place / "summary.json").exists():
+        return ""
+    said = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    lines = ["| method | score | judge | adherence | bytes in all |", "|---|---|---|---|---|"]
+    for name, line in said["methods"].items():
+        cells = (shown(line[key], 3) for key in ("normalised", "normalised_judge", "adherence"))
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {count(line['bytes_total'])} |")
+    about = (
+        f"The defaults were chosen on the concepts of this stream. On {said['concepts']} others, on which nothing was chosen, "
+        f"with the same settings, {said['seeds']} seed(s) ([report](../{place.name}/report.md)):"
+    )
+    return "\n".join(["### Concepts that nothing was chosen on", "", about, "", *lines])
+
+
+def read_long(concepts: Sequence[str], results: Path) -> dict[str, Any] | None:
+    """Return what the long stream came to that begins with these concepts, None where it was not run."""
     file = results.parent / "long_stream.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found if found and set(next(iter(found["first_ten"].values()))) == set(concepts) else None
 
 
-def long_stream(results: Path) -> str:
+def long_stream(found: Mapping[str, Any] | None) -> str:
     """Return how the first ten concepts, the file and a merge fare while fifty are learned, where that was run."""
-    found = read_long(results)
     if found is None:
         return ""
     scores = dict(zip(found["first_ten"], found["first_ten_score"], strict=True))
@@ -310,7 +329,8 @@ def long_stream(results: Path) -> str:
     head = (
         f"## {found['concepts']} concepts\n\n`python tests/benchmarks/long_stream.py`: the ten concepts of this stream, then "
         f"further ones for {found['steps_of_later_concepts']} steps each, in one file; of the first ten none loses more than "
-        f"{found['first_ten_lose_at_most']:g} of its LoRA's gain."
+        f"{found['first_ten_lose_at_most']:g} of its LoRA's gain. How good the later ones are, after so few steps, was not "
+        "measured: it is the first ten, the bytes and the time that this is about."
     )
     return head + "\n\n" + "\n".join(lines)
 
