@@ -7,6 +7,7 @@ folder is served at once. On disk a tensor is a safetensors file of its own, wri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,8 @@ class Cache:
             save_file(tensors, part)
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise ValueError(f"the cache {self.folder} cannot be written: {error}; choose another --cache_dir") from error
 
     def read(self, key: str) -> dict[str, Tensor] | None:

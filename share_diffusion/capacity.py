@@ -101,5 +101,5 @@ def parse_bytes(text: str) -> int:
     unit = text.strip().lower()[len(number) :].strip()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"budget {text!r} is not a size; write it as 60MB, 1.5GiB or 200000") from None

@@ -132,7 +132,7 @@ def denoising_loss(
     noise, times = drawn.noise.to(device), drawn.times.to(device)
     noisy = add_noise(pipeline, latents, noise, times)
     wanted = target(pipeline, latents, noise, times)
-    with fast_attention(device, recomputes(pipeline)):
+    with fast_attention(device, device.type == "cpu" and recomputes(pipeline)):
         predicted = model(noisy, times, materials.conditions_of(drawn, device))
     errors = F.mse_loss(predicted.float(), wanted, reduction="none")
     mask = materials.mask_of(drawn, device)
@@ -180,7 +180,8 @@ def fast_attention(device: torch.device, recomputed: bool = False) -> Iterator[N
 
 def recomputes(pipeline: Any) -> bool:
     """Tell whether gradient checkpointing is on in a part of the pipeline."""
-    return any(getattr(module, "is_gradient_checkpointing", False) for module in components(pipeline).values())
+    parts = (part for module in components(pipeline).values() for part in module.modules())
+    return any(vars(part).get("gradient_checkpointing", False) for part in parts)
 
 
 def freeze(pipeline: Any) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ from share_diffusion.basis import (
 from share_diffusion.capacity import Candidates, Capacity, Widths, cheapest, choose, dearest, prices
 from share_diffusion.concept import Concept
 from share_diffusion.lora import Factors
+from share_diffusion.price import pricing
 
 ACCURACY = 1e-7  # a retention this close to the asked one has reached it
-BYTES = 2  # of one number in the file
 # Ten LoRAs of the benchmark merged one by one into 4 columns lose .508 on average without a sweep, .484 with one, .477 with
 # three; what was just learned loses .344, .399, .434. More sweeps go on trading the newest concept for what is held already.
 SWEEPS = 1
@@ -84,11 +85,15 @@ def merge_updates(
     capacity: Capacity,
     pseudo_rank: int | None = None,
     fixed_bytes: int = 0,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Merged:
     """Fold `updates` (concept -> layer -> factors, of Frobenius norm `norms`) into the bases within the capacity.
 
-    `fixed_bytes` is what the `fixed` columns take of the budget.
+    `fixed_bytes` is what the `fixed` columns take of the budget, `about` what the file will tell of the new concepts.
+    Raises ValueError for a budget that leaves a new concept nothing, with the least that does not.
     """
+    if pseudo_rank is not None:
+        updates = {concept: strongest_parts(update, pseudo_rank) for concept, update in updates.items()}
     frames = make_frames(layers, fixed, updates, norms)
     widths = {name: basis.rank for name, basis in layers.items()} | grow(frames, norms, capacity)
     ranks = {
@@ -96,18 +101,18 @@ def merge_updates(
         for concept, update in updates.items()
     }
 
+    def priced(rotated: set[str]) -> Callable[[Widths], int]:
+        return pricing(layers, fixed, held, ranks, rotated, about, capacity.budget or 0)
+
     def cost(chosen: Widths, rotated: set[str]) -> int:
-        return file_numbers(chosen, rotated, layers, fixed, held, ranks) * BYTES + fixed_bytes
+        return fixed_bytes + priced(rotated)(chosen)
 
     tight = over_rank(frames, widths, capacity.rank)
     if capacity.budget is not None and cost(widths, tight) > capacity.budget:
         tight = set(frames)
     axes = {name: principal_axes(name, frames[name], held, norms) for name in sorted(tight)}
-    widths = narrow(frames, axes, widths, capacity, lambda chosen: cost(chosen, tight))
-    if capacity.budget is not None and (least := cost(widths, tight)) > capacity.budget:
-        raise ValueError(
-            f"budget is {capacity.budget:,} bytes; layers that these concepts do not touch take {least:,} alone; raise it"
-        )
+    price = priced(tight) if tight and capacity.budget is not None else lambda _: 0
+    widths = narrow(frames, axes, widths, capacity, lambda chosen: fixed_bytes + price(chosen))
     rotations = {
         name: turned_to_each_other(name, frames[name], held, norms, (alpha, beta), widths[name])
         for name, (alpha, beta, _) in axes.items()
@@ -122,6 +127,17 @@ def merge_updates(
         new={name: express(name, frames, widths, rotations, norms[name], ranks[name]) for name in updates},
         truncated=tuple(sorted(rotations)),
     )
+
+
+def strongest_parts(update: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
+    """Return an update of which every layer keeps its `rank` largest singular values; one of no larger rank as it is."""
+    parts = {}
+    for name, factors in update.items():
+        parts[name] = factors
+        if factors.rank > rank:
+            left, values, right = thin_svd(factors.up, factors.down)
+            parts[name] = Factors(left[:, :rank] * values[:rank], right[:, :rank].mT, factors.kernel)
+    return parts
 
 
 def make_frames(
@@ -241,31 +257,6 @@ def over_rank(frames: Mapping[str, Frame], widths: Widths, rank: int | None) -> 
     return set() if rank is None else {name for name in frames if max(widths[name]) > rank}
 
 
-def file_numbers(
-    widths: Widths,
-    rotated: set[str],
-    layers: Mapping[str, Basis],
-    fixed: Mapping[str, tuple[int, int]],
-    held: Mapping[str, Concept],
-    ranks: Mapping[str, Mapping[str, int]],
-) -> int:
-    """Return how many numbers the file would hold at these widths: learned columns and every concept's coefficients.
-
-    A held concept keeps its rows in a layer that only grows, and has the layer's new width where it is rotated.
-    """
-    total = 0
-    for name, (alpha, beta) in widths.items():
-        derived = fixed.get(name, (0, 0))
-        total += (alpha - derived[0]) * layers[name].alpha.shape[0] + (beta - derived[1]) * layers[name].beta.shape[0]
-        total += sum((alpha + beta) * rank[name] for rank in ranks.values() if name in rank)
-        for concept in held.values():
-            if name in concept.coefficients:
-                entry = concept.coefficients[name]
-                rows = alpha + beta if name in rotated else entry.alpha.shape[0] + entry.beta.shape[0]
-                total += rows * entry.pseudo_rank
-    return total
-
-
 def narrow(
     frames: Mapping[str, Frame],
     axes: Mapping[str, tuple[Tensor, Tensor, Candidates]],
@@ -273,7 +264,10 @@ def narrow(
     capacity: Capacity,
     cost: Callable[[Widths], int],
 ) -> Widths:
-    """Return widths in which the rotated layers keep only as many principal axes as cap and budget allow."""
+    """Return widths in which the rotated layers keep only as many principal axes as cap and budget allow.
+
+    Raises ValueError where the budget leaves a new concept no column to stand on.
+    """
     candidates = {name: candidate for name, (_, _, candidate) in axes.items()}
     cap = {name: learned_cap(frames[name], capacity.rank) for name in axes}
 
@@ -285,7 +279,26 @@ def narrow(
     def affordable(price: float) -> bool:
         return capacity.budget is None or cost(spend(price)) <= capacity.budget
 
-    return spend(cheapest(prices(candidates), affordable)) if axes else widths
+    def stands(price: float) -> bool:
+        chosen = spend(price)
+        standing = [frame.cores for name, frame in frames.items() if min(chosen[name]) > 0]
+        changed = {concept for frame in frames.values() for concept, core in frame.cores.items() if core.any()}
+        return all(any(concept in cores for cores in standing) for concept in changed)
+
+    if not axes:
+        return widths
+    options = prices(candidates)
+    if capacity.budget is not None and (least := cost(spend(dearest(options, stands)))) > capacity.budget:
+        raise ValueError(
+            f"budget is {capacity.budget:,} bytes; with {', '.join(new_names(frames))} in it the file takes {least:,} at "
+            "least; raise it"
+        )
+    return spend(cheapest(options, affordable))
+
+
+def new_names(frames: Mapping[str, Frame]) -> list[str]:
+    """Return the names of the new concepts."""
+    return sorted({concept for frame in frames.values() for concept in frame.cores})
 
 
 def learned_cap(frame: Frame, rank: int | None) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class Preservation:
         noise, times = drawn.noise.to(device), drawn.times.to(device)
         noisy = add_noise(self.pipeline, self.pictures.latents_of(drawn, device), noise, times)
         told = self.pictures.conditions_of(replace(drawn, captions=witness.prompts), device)
-        with fast_attention(device, recomputes(self.pipeline)):
+        with fast_attention(device, device.type == "cpu" and recomputes(self.pipeline)):
             self.attached.set({path: (update,) for path, update in witness.updates.items()})
             with torch.no_grad():
                 wanted = self.frozen(noisy, times, told).float()

@@ -4,7 +4,7 @@
     {"step": 50, "steps": 200, "sample": "sample-000050.png", "seconds": 38.0}
     {"done": true, "concept": "mycat", "retention": {"mycat": 0.9991}, "seconds": 161.0}      or {"error": "...", ...}
 
-A reader takes whole lines only; the last one has `done` or `error`.
+A reader takes whole lines only; the last one has `done`, `error` or `stopped`, which says what a stop has left.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from typing import Any
 
 
 class ProgressFile:
-    """Appends one line a fact to a file that should be new; without a path nothing is written."""
+    """Appends one line a fact to a file that should be new; without a path nothing is written.
+
+    Raises ValueError where the file cannot be written.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.started = time.perf_counter()
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+            except OSError as error:
+                raise ValueError(f"--progress_file {path}: {error.strerror or error}; choose another file") from None
 
     def tell(self, **facts: Any) -> None:
         """Write one line, with the seconds since the start."""

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +64,15 @@ def find_recipe(
 
     Raises ValueError that lists the known concepts when there is neither file nor folder.
     """
-    check_name(name)
-    file = next((path / f"{name}.toml" for path in configs if (path / f"{name}.toml").is_file()), None)
+    name, spelled = check_name(name), name
+    files = (path / f"{spelling}.toml" for path in configs for spelling in (name, spelled))
+    file = next((path for path in files if path.is_file()), None)
     values = read_recipe_file(file) if file else {}
     section = values.get("data", {})
-    if folder is None and not file and not (data / name).is_dir():
+    own = data / spelled if (data / spelled).is_dir() else data / name
+    if folder is None and not file and not own.is_dir():
         raise ValueError(unknown(name, configs, data))
-    place = Path(folder) if folder else Path(section["folder"]) if "folder" in section else data / name
+    place = Path(folder) if folder else Path(section["folder"]) if "folder" in section else own
     world = None
     if "world" in section and folder is None:
         known = {key: section[key] for key in ("pictures", "seed", "caption") if key in section}
@@ -89,8 +91,9 @@ def find_recipe(
 
 
 def default_trigger(name: str, instance_prompt: str | None) -> str:
-    """Return the concept's name as it appears in prompts: itself, in lower case, one word."""
-    word = re.sub(r"[^a-z0-9]+", "", name.lower()) or name
+    """Return the concept's name as it appears in prompts: its letters, their marks and its digits, in lower case, one word."""
+    whole = unicodedata.normalize("NFC", name.casefold())
+    word = "".join(sign for sign in whole if sign.isalnum() or unicodedata.category(sign).startswith("M")) or name
     return name if instance_prompt and name in instance_prompt else word
 
 

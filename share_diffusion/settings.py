@@ -97,7 +97,7 @@ def _read_config(path: str, parser: _Parser) -> list[str]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror or error}; give the path of a TOML file")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         parser.error(f"--config {path}: not TOML: {error}")
     words: list[str] = []
     for key, value in values.items():

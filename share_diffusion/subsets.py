@@ -62,11 +62,15 @@ def read_subsets(path: str | Path) -> list[Subset]:
         raise ValueError(f"--dataset_config {path}: {error.strerror or error}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--dataset_config {path}: not TOML: {error}") from None
-    problems = misplaced(table, {"general", "datasets"}, "") + misplaced(table.get("general", {}), set(), "general.")
+    problems = misplaced(table, {"general", "datasets"}, "")
+    general = table.get("general", {})
+    problems += (
+        misplaced(general, set(), "general.") if isinstance(general, dict) else [no_table("general", general, "[general]")]
+    )
     rows: list[dict[str, Any]] = []
-    for dataset in table.get("datasets", []):
+    for dataset in tables(table, "datasets", "[[datasets]]", problems):
         problems += misplaced(dataset, {"subsets"}, "datasets.")
-        rows += dataset.get("subsets", [])
+        rows += tables(dataset, "subsets", "[[datasets.subsets]]", problems)
     problems += [problem for row in rows for problem in row_problems(row)]
     if not rows:
         problems.append("it names no folder; write [[datasets]] and below it [[datasets.subsets]] with image_dir")
@@ -76,6 +80,20 @@ def read_subsets(path: str | Path) -> list[Subset]:
         Subset(Path(row["image_dir"]), row.get("num_repeats", 1), row.get("class_tokens"), row.get("is_reg", False))
         for row in rows
     ]
+
+
+def tables(table: dict[str, Any], key: str, spelling: str, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the tables of a list of them, adding to the problems where it is none."""
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        problems.append(no_table(key, found, spelling))
+        return []
+    return found
+
+
+def no_table(key: str, value: Any, spelling: str) -> str:
+    """Return the message for a value where tables belong."""
+    return f"{key} is {value!r}; write it as a table, headed {spelling}"
 
 
 def misplaced(table: dict[str, Any], known: set[str], prefix: str) -> list[str]:

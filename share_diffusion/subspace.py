@@ -198,8 +198,9 @@ class Subspace:
         grown = self.cover({layer: (entry.shape, entry.kernel) for layer, entry in entries.items()}, weights)
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
+        limits = capacity or Capacity()
         merged = merge_updates(
-            grown.layers, grown.fixed, grown.concepts, updates, norms, capacity or Capacity(), pseudo_rank, self.origin.bytes
+            grown.layers, grown.fixed, grown.concepts, updates, norms, limits, pseudo_rank, self.origin.bytes, about
         )
         concepts = grown.join(merged, norms, about)
         for name, lora in loras.items():

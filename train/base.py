@@ -21,6 +21,7 @@ import csv
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from ranges import COUNT, WHOLE, Rule, is_count, out_of_range
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -45,6 +47,18 @@ from share_diffusion.world.textures import texture
 TOKENS = 48
 LATENT_CHANNELS = 8
 WIDTH = 128
+STAGES = ("tokenizer", "autoencoder", "decoder", "denoiser", "pipeline")
+NEEDED = {  # what a stage reads that an earlier one has left in --work_dir
+    "autoencoder": {"tokenizer": "tokenizer"},
+    "decoder": {"tokenizer": "tokenizer", "vae": "autoencoder"},
+    "denoiser": {"tokenizer": "tokenizer", "vae": "autoencoder", "latents.pt": "autoencoder"},
+    "pipeline": {"tokenizer": "tokenizer", "vae-sharp": "decoder", "denoiser.pt": "denoiser"},
+}
+RULES: tuple[Rule, ...] = (
+    (COUNT, is_count, ("scenes", "textures", "captions", "autoencoder_steps", "decoder_steps", "denoiser_steps",
+                       "checkpointing_steps", "threads")),
+    (WHOLE, lambda value: value == 0 or is_count(value), ("seed",)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class BaseSettings:
 
     output_dir: str = flag("share_diffusion/assets/tiny", "where the finished pipeline goes")
     work_dir: str = flag("runs/base", "where checkpoints and intermediate results go")
-    stages: tuple[str, ...] = flag(("tokenizer", "autoencoder", "decoder", "denoiser", "pipeline"), "stages to run, in order")
+    stages: tuple[str, ...] = flag(STAGES, "stages to run, in order", choices=STAGES)
     scenes: int = flag(24000, "pictures of the base's training set")
     textures: int = flag(8000, "pictures without a scene, for the autoencoder alone")
     captions: int = flag(6, "wordings per picture")
@@ -411,8 +425,31 @@ def trained_parts(work: Path, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, 
     return modules["text_encoder"], modules["unet"]  # type: ignore[return-value]
 
 
-def main() -> None:
-    settings = parse(BaseSettings, description="Train the embedded base from scratch.")
+def check(settings: BaseSettings) -> None:
+    """Raise ValueError with every number out of its range and everything that a stage needs and nothing will have made."""
+    problems = out_of_range(settings, RULES)
+    for stage in settings.stages:
+        for name, maker in NEEDED.get(stage, {}).items():
+            if maker not in settings.stages and not (place := Path(settings.work_dir) / name).exists():
+                problems.append(f"stage {stage} needs {place}, which is not there; run the stage {maker} first")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; what the user can mend is one message and exit status 1."""
+    settings = parse(BaseSettings, argv, description="Train the embedded base from scratch.")
+    try:
+        check(settings)
+        train_all(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train_all(settings: BaseSettings) -> None:
+    """Run the stages that are asked for, in order."""
     torch.set_num_threads(settings.threads)
     work = Path(settings.work_dir)
     work.mkdir(parents=True, exist_ok=True)
@@ -442,4 +479,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,27 +6,28 @@
 
 One run, top to bottom: find the concept and its pictures, load the frozen base and the subspace so far, train a few
 coefficients, merge, write the file, draw a contact sheet, write a report.
-The file changes in one step at the end; whatever happens before leaves every earlier concept as it was.
+The file changes in one step at the end; whatever happens before leaves every earlier concept as it was, and a stop that
+comes later says that the concept is held.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from flags import ELSEWHERE, ConceptSettings, check
-from fold import about, finetune, merge, report_of
+from flags import ELSEWHERE, ConceptSettings, check, most_norm
+from fold import fold_in, report_of
 from machines import accelerator_of, keeps_states
-from start import Run, open_subspace, parked, places, recipe_of, start, start_learner
-from states import keep_state, resume
+from start import Run, parked, places, recipe_of, start, start_learner
+from states import Beginning, begin, keep_state
 from tqdm import tqdm
 from watch import Watch, check_tracker, learned_enough, refuse_nan, write_whole
 
-from share_diffusion import storage
 from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name
@@ -37,8 +38,6 @@ from share_diffusion.loudness import half_weight
 from share_diffusion.models import family_of
 from share_diffusion.models.texts import too_long
 from share_diffusion.objective import Draw
-from share_diffusion.optimizers import Average, make_optimizer
-from share_diffusion.patch import make_patch, write_patch
 from share_diffusion.plan import lora_numbers, plan, summary
 from share_diffusion.preservation import Preservation
 from share_diffusion.progress import ProgressFile
@@ -46,28 +45,35 @@ from share_diffusion.schedules import rate_factor
 from share_diffusion.settings import parse
 from share_diffusion.showcase import draw_base, draw_concepts, make_sheet
 
-LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; what the user can mend is one message and exit status 1."""
     words = "Learn one concept and merge it into the subspace file."
     settings = parse(ConceptSettings, argv, description=words, elsewhere=ELSEWHERE)
-    progress = ProgressFile(Path(settings.progress_file) if settings.progress_file else None)
+    progress = ProgressFile(None)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops as Ctrl-C does
     try:
+        progress = ProgressFile(Path(settings.progress_file) if settings.progress_file else None)
         learn(settings, progress)
     except ValueError as error:
         progress.tell(error=str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the subspace file is as it was. Go on with --resume_from_checkpoint latest", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        why = str(stop) or "the subspace file is as it was. Go on with --resume_from_checkpoint latest"
+        progress.tell(stopped=why)
+        print(f"\nstopped; {why}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
 def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> dict[str, Any]:
-    """Learn the concept and return the report (empty on all but the main process, and after a dry run)."""
+    """Learn the concept and return the report (empty on all but the main process, and after a dry run).
+
+    A KeyboardInterrupt that comes when the file is written already says so.
+    """
     started = time.perf_counter()
     settings = check(settings)
     check_tracker(settings.report_to)
@@ -79,6 +85,7 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     with Attached(pipeline, sorted(run.modules)) as attached:
         learner, seconds = start_learner(run, attached)
     accelerator.print(plan_of(run, learner, seconds))
+    state = begin(run, learner)
     if settings.dry_run:
         return {}
     for place in (folder, Path(settings.patch or file).parent):
@@ -90,32 +97,25 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
 
     with Attached(pipeline, sorted({*run.modules, *subspace.layers})) as attached:
-        losses = train(run, learner, attached, progress or ProgressFile(None))
+        losses = train(run, learner, attached, state, progress or ProgressFile(None))
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return {}
-    facts = about(run, losses["half_weight"])
-    if settings.patch:
-        merged = merge(run, subspace, learner, facts)
-        patch = make_patch(subspace, recipe.name, learner.lora(), **facts)
-        write_patch(patch, settings.patch)
-    else:
-        with storage.locked(file, timeout=LOCK_SECONDS):
-            if file.exists() and storage.read_header(file).generation != subspace.generation:
-                subspace = open_subspace(settings, pipeline, file, recipe, run.modules)
-            merged = merge(run, subspace, learner, facts)
-            if settings.finetune_steps:
-                merged = finetune(run, merged)
-            merged = merged.save(file)
-    accelerator.wait_for_everyone()
-    if shown:
-        parked(run, away=False)
-        after = draw_concepts(pipeline, merged, "pictures after")
-        sheet = make_sheet(recipe, base_name(settings.pretrained_model_name_or_path), untouched, before, after)
-        save_png(sheet, folder / "sheet.png")
-    report = report_of(run, learner, losses, subspace, merged)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
+    subspace, merged, stopped = fold_in(run, learner, losses)
+    try:
+        report = report_of(run, learner, losses, subspace, merged)
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        write_whole(folder / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
+        if stopped:
+            raise KeyboardInterrupt
+        accelerator.wait_for_everyone()
+        if shown:
+            parked(run, away=False)
+            after = draw_concepts(pipeline, merged, "pictures after")
+            sheet = make_sheet(recipe, base_name(settings.pretrained_model_name_or_path), untouched, before, after)
+            save_png(sheet, folder / "sheet.png")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{recipe.name} is learned all the same: {settings.patch or file} holds it") from None
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
     size = Path(settings.patch or file).stat().st_size
@@ -142,15 +142,12 @@ def plan_of(run: Run, learner: Learner, seconds: float) -> str:
     return text.rstrip() + "\n" + more
 
 
-def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile) -> dict[str, Any]:
+def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, progress: ProgressFile) -> dict[str, Any]:
     """Train the learner; every random number is a function of (seed, step). Returns the losses."""
     settings, accelerator = run.settings, run.accelerator
-    groups = learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate, settings.text_encoder_lr)
-    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args, run.steps)
-    average = Average(learner, settings.ema_decay) if settings.ema_decay else None
-    rates = [group["lr"] for group in optimizer.param_groups]
-    first, history, recorded = resume(run, learner, optimizer, average)
-    model, optimizer = accelerator.prepare(Denoiser(learner, run.pipeline, attached), optimizer)
+    average, rates, first = beginning.average, beginning.rates, beginning.first
+    history, recorded = beginning.history, beginning.recorded
+    model, optimizer = accelerator.prepare(Denoiser(learner, run.pipeline, attached), beginning.optimizer)
     keeper = None
     if settings.preserve_weight:
         keeper = Preservation(run.pipeline, run.subspace, attached, run.pictures, run.recipe.trigger, settings.seed)
@@ -179,7 +176,7 @@ def train(run: Run, learner: Learner, attached: Attached, progress: ProgressFile
                     total += losses.mean().detach() / settings.gradient_accumulation_steps
                     further_losses(run, model, keeper, drawn, index)
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), most_norm(settings))
                         skipped = refuse_nan(run, losses, norm, drawn, step, skipped)
                         optimizer.step()
                         optimizer.zero_grad()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranges import COUNT, SEEDS, WHOLE, Rule, is_count, out_of_range
+from torch import nn
 
 from share_diffusion.adapt import MODES
 from share_diffusion.capacity import Capacity, parse_bytes
@@ -16,7 +19,7 @@ from share_diffusion.loop import ORIGIN, TARGETS
 from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
-from share_diffusion.optimizers import RATE, SHRINK
+from share_diffusion.optimizers import RATE, SHRINK, make_optimizer
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
 from share_diffusion.subspace import ORIGINS, Origin
@@ -66,7 +69,9 @@ class ConceptSettings:
     caption_tag_dropout_rate: float = flag(0.0, "share of a caption's tags left out")
     cache_dir: str | None = flag(None, "keep latents and text states in this folder, by content (default: memory)")
     with_prior_preservation: bool = flag(False, "train on pictures of the class as well; missing ones are drawn by the base")
-    class_data_dir: str | None = flag(None, "the class's pictures (default: data/class/PROMPT/)", aliases=("reg_data_dir",))
+    class_data_dir: str | None = flag(
+        None, "the class's pictures (default: data/class/PROMPT-DIGEST/)", aliases=("reg_data_dir",)
+    )
     class_prompt: str | None = flag(None, "what they show, e.g. 'a photo of a cat'")
     num_class_images: int = flag(100, "how many pictures of the class there should be")
     prior_loss_weight: float = flag(1.0, "weight of their loss")
@@ -115,7 +120,7 @@ class ConceptSettings:
     lr_warmup_steps: int = flag(10, "steps of linear warm-up")
     lr_num_cycles: int = flag(1, "falls of cosine_with_restarts", aliases=("lr_scheduler_num_cycles",))
     lr_power: float = flag(1.0, "power of polynomial", aliases=("lr_scheduler_power",))
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing")
     ema_decay: float | None = flag(None, "keep a moving average of what trains, 0.99 is usual")
     finetune_steps: int = flag(0, "steps on the newest concept's coefficients after the merge")
     gradient_batches: int = flag(8, "batches whose gradient gives the new directions")
@@ -169,7 +174,27 @@ FREE = {
     "logging_dir",
     "dry_run",
     "progress_file",
+    "basis_rank",
+    "budget",
+    "retain",
 }
+RULES: tuple[Rule, ...] = (
+    (COUNT, is_count, ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_batches", "crops",
+                       "bucket_step", "checkpointing_steps", "num_train_epochs", "validation_steps", "early_stop",
+                       "lr_num_cycles", "num_class_images", "pseudo_rank", "temporary_rank", "rank", "derived_rank",
+                       "basis_rank", "repeats", "resolution")),
+    (f"{COUNT}; a number above that of all checkpoints keeps them all", is_count, ("checkpoints_total_limit",)),
+    (WHOLE, lambda value: value == 0 or is_count(value), ("keep_tokens", "lr_warmup_steps", "finetune_steps")),
+    (f"0 to {SEEDS:,}", lambda value: 0 <= value <= SEEDS, ("seed",)),
+    ("0 or more, and finite", lambda value: value >= 0,
+     ("preserve_weight", "prior_loss_weight", "learning_rate", "factor_learning_rate", "text_encoder_lr", "lr_power")),
+    ("0 or more, and finite; 0 clips nothing", lambda value: value >= 0, ("max_grad_norm",)),
+    ("a share from 0 to 1", lambda value: 0 <= value <= 1, ("caption_dropout_rate", "caption_tag_dropout_rate")),
+    ("a share above 0 and at most 1", lambda value: 0 < value <= 1, ("retain",)),
+    ("0 to 1, 0.05 is usual", lambda value: 0 <= value <= 1, ("noise_offset",)),
+    ("above 0 and at most 1,000, 5 is usual", lambda value: 0 < value <= 1000, ("snr_gamma",)),
+    ("above 0 and below 1, 0.99 is usual; without the flag there is no average", lambda value: 0 < value < 1, ("ema_decay",)),
+)  # fmt: skip
 
 ALWAYS = "leave it out, that is always so"
 ELSEWHERE = {
@@ -232,7 +257,23 @@ def comparable(settings: ConceptSettings) -> dict[str, Any]:
 
 def capacity_of(settings: ConceptSettings) -> Capacity:
     """Return the limits of the merge."""
-    return Capacity(settings.retain, settings.basis_rank, parse_bytes(settings.budget) if settings.budget else None)
+    return Capacity(settings.retain, settings.basis_rank, budget_of(settings))
+
+
+def budget_of(settings: ConceptSettings) -> int | None:
+    """Return the most bytes of the file."""
+    return Capacity(budget=parse_bytes(settings.budget)).budget if settings.budget is not None else None
+
+
+def optimizer_of(settings: ConceptSettings) -> torch.optim.Optimizer:
+    """Return the optimizer as it is asked for, on a weight that stands for what will train; ValueError where it cannot be."""
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": RATE}]
+    return make_optimizer(settings.optimizer, groups, settings.optimizer_args, 1)
+
+
+def most_norm(settings: ConceptSettings) -> float:
+    """Return the norm that gradients are clipped to."""
+    return settings.max_grad_norm or math.inf
 
 
 def objective_of(settings: ConceptSettings) -> Objective:
@@ -260,18 +301,12 @@ def origin_of(settings: ConceptSettings) -> Origin:
 def check(settings: ConceptSettings) -> ConceptSettings:
     """Return the settings with their precision known; refuses what cannot be meant, before any work and all at once."""
     told = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    problems = [
-        f"--{name} is {value}; it is at least 1"
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_batches", "crops",
-                     "bucket_step", "checkpointing_steps", "num_train_epochs", "validation_steps", "early_stop",
-                     "lr_num_cycles", "num_class_images")
-        if (value := getattr(settings, name)) is not None and value < 1
-    ]  # fmt: skip
-    problems += [
-        f"--{name} is {value:g}; it is 0 or more"
-        for name in ("preserve_weight", "prior_loss_weight", "learning_rate", "factor_learning_rate", "max_grad_norm")
-        if not (value := getattr(settings, name)) >= 0
-    ]
+    problems = out_of_range(settings, RULES)
+    for part in (optimizer_of, budget_of):
+        try:
+            part(settings)
+        except ValueError as error:
+            problems.append(str(error))
     if told not in PRECISIONS:
         problems.append(f"mixed_precision is {told!r}; it is one of {', '.join(PRECISIONS)}")
     if settings.early_stop and not settings.validation_steps:
@@ -280,12 +315,15 @@ def check(settings: ConceptSettings) -> ConceptSettings:
         problems.append("--with_prior_preservation needs --class_prompt, as in 'a photo of a cat'")
     if settings.dataset_config and settings.instance_data_dir:
         problems.append("--dataset_config and --instance_data_dir both name pictures; give one")
+    if settings.resume_from_checkpoint not in (None, "auto", "latest") and not Path(settings.resume_from_checkpoint).is_dir():
+        problems.append(
+            f"--resume_from_checkpoint {settings.resume_from_checkpoint}: there is no such folder; give one called "
+            "checkpoint-STEP, latest or auto"
+        )
     if settings.patch and Path(settings.patch).exists():
         problems.append(f"--patch {settings.patch} exists already; merge it, remove it or choose another name")
     if settings.patch and settings.finetune_steps:
         problems.append(f"--finetune_steps {settings.finetune_steps} needs the merge, which --patch leaves to others")
     if problems:
         raise ValueError("; ".join(problems))
-    variation_of(settings)
-    capacity_of(settings)
     return replace(settings, mixed_precision=told)

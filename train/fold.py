@@ -1,4 +1,4 @@
-"""From what was trained to the subspace that holds it: merge, fine-tuning in the merged bases, and the report."""
+"""From what was trained to the file that holds it: merge, fine-tuning in the merged bases, and the report."""
 
 from __future__ import annotations
 
@@ -7,24 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import capacity_of
-from start import Run
+from flags import capacity_of, most_norm
+from start import Run, open_subspace
 from tqdm import tqdm
 from watch import forgetting, refuse_nan
 
+from share_diffusion import storage
 from share_diffusion.adapt import Adaptation, Learner, make_learner
 from share_diffusion.attached import Attached
 from share_diffusion.describe import describe
+from share_diffusion.interruption import Interruption
 from share_diffusion.learning import Denoiser, denoising_loss
+from share_diffusion.patch import make_patch, write_patch
 from share_diffusion.plan import lora_numbers
 from share_diffusion.schedules import rate_factor
 from share_diffusion.subspace import Subspace
 
+LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
+
+
+def fold_in(run: Run, learner: Learner, losses: dict[str, Any]) -> tuple[Subspace, Subspace, bool]:
+    """Write what was learned; return the subspace before and after, and whether a signal came while the file was written."""
+    settings, subspace, facts = run.settings, run.subspace, about(run, losses["half_weight"])
+    if settings.patch:
+        merged = merge(run, subspace, learner, facts)
+        patch = make_patch(subspace, run.recipe.name, learner.lora(), **facts)
+        with Interruption() as interruption:
+            write_patch(patch, settings.patch)
+        return subspace, merged, interruption.wanted
+    with storage.locked(run.file, timeout=LOCK_SECONDS):
+        if run.file.exists() and storage.read_header(run.file).generation != subspace.generation:
+            subspace = open_subspace(settings, run.pipeline, run.file, run.recipe, run.modules)
+        merged = merge(run, subspace, learner, facts)
+        if settings.finetune_steps:
+            merged = finetune(run, merged)
+        with Interruption() as interruption:
+            merged = merged.save(run.file)
+        return subspace, merged, interruption.wanted
+
 
 def merge(run: Run, subspace: Subspace, learner: Learner, facts: dict[str, Any]) -> Subspace:
-    """Return the subspace with the concept, and what `about` tells of it, folded in."""
-    name = run.recipe.name
-    return subspace.merge({name: learner.lora()}, capacity=capacity_of(run.settings), about={name: facts})
+    """Return the subspace with the concept, and what `about` tells of it, folded in; ValueError where nothing was learned."""
+    name, lora, settings = run.recipe.name, learner.lora(), run.settings
+    if not lora.norm:
+        raise ValueError(
+            f"{name!r} has learned nothing: every number of its update is 0, and nothing is merged; raise --learning_rate "
+            f"({settings.learning_rate:g}) or --factor_learning_rate ({settings.factor_learning_rate:g})"
+        )
+    return subspace.merge({name: lora}, capacity=capacity_of(settings), about={name: facts})
 
 
 def about(run: Run, half_weight: float | None) -> dict[str, Any]:
@@ -54,7 +84,7 @@ def finetune(run: Run, subspace: Subspace) -> Subspace:
             drawn = run.draw(3_000_000_000 + step)
             losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device)
             losses.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), most_norm(settings))
             refuse_nan(run, losses, norm, drawn, step)
             optimizer.step()
             optimizer.zero_grad()

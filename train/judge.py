@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFilter
+from ranges import COUNT, MOST, WHOLE, Rule, is_count, out_of_range
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,6 +59,13 @@ RATE = 4e-3
 UNDEFINED = -1  # a head without a truth for a picture; it adds nothing to the loss
 Labels = dict[str, str]
 NOTHING: Labels = dict.fromkeys(HEADS, UNKNOWN)
+RULES: tuple[Rule, ...] = (
+    (f"a multiple of {SHARD}, {SHARD} to {MOST:,}", lambda value: is_count(value) and value % SHARD == 0, ("pictures",)),
+    (f"4 to {MOST:,}", lambda value: 4 <= value <= MOST, ("held_out",)),
+    (COUNT, is_count, ("steps", "checkpointing_steps", "threads", "prompts", "inference_steps")),
+    (WHOLE, lambda value: value == 0 or is_count(value), ("seed",)),
+    ("0 or more, and finite", lambda value: value >= 0, ("guidance",)),
+)
 
 
 @dataclass(frozen=True)
@@ -294,7 +303,7 @@ def decoded_shard(path: Path, draw: Any, vae: AutoencoderKL, seed: int) -> tuple
 def load_vae(folder: str) -> tuple[AutoencoderKL, str]:
     """Return the autoencoder in single precision and a name that changes with its weights."""
     if not (Path(folder) / "config.json").is_file():
-        raise SystemExit(f"there is no autoencoder in {folder}; give --vae FOLDER (runs/base/vae while the base is trained)")
+        raise ValueError(f"there is no autoencoder in {folder}; give --vae FOLDER (runs/base/vae while the base is trained)")
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
     digest = hashlib.sha256()
     for _, tensor in sorted(vae.state_dict().items()):
@@ -444,12 +453,25 @@ def run_gates(settings: JudgeSettings) -> None:
     print(json.dumps({key: value for key, value in measures.items() if key not in ("mistakes", "per label")}, indent=1))
 
 
-def main() -> None:
-    settings = parse(JudgeSettings, description="Train the judge of the picture world, or let it judge a base.")
-    torch.set_num_threads(settings.threads)
-    if settings.gates:
-        run_gates(settings)
-        return
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; what the user can mend is one message and exit status 1."""
+    settings = parse(JudgeSettings, argv, description="Train the judge of the picture world, or let it judge a base.")
+    try:
+        if problems := out_of_range(settings, RULES):
+            raise ValueError("; ".join(problems))
+        torch.set_num_threads(settings.threads)
+        if settings.gates:
+            run_gates(settings)
+        else:
+            train_and_measure(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train_and_measure(settings: JudgeSettings) -> None:
+    """Draw, train and measure; write the weights and, beside them, the report."""
     vae, name = load_vae(settings.vae)
     folder = Path(settings.work_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -467,4 +489,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

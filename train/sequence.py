@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import flags
 from concept import learn
 from flags import ELSEWHERE, ConceptSettings, capacity_of, origin_of
-from start import subspace_file
+from start import recipe_of, subspace_file
 from torch import Tensor
 
 from share_diffusion import storage
@@ -31,6 +32,7 @@ from share_diffusion.base import load_base
 from share_diffusion.file import listing
 from share_diffusion.models.identity import weights_of
 from share_diffusion.settings import flag, parse, spell
+from share_diffusion.subspace import normal
 
 
 @dataclass(frozen=True)
@@ -41,50 +43,76 @@ class SequenceSettings(ConceptSettings):
     workers: int | None = flag(None, "learn this many at a time, each in a process of its own, and merge them at the end")
 
 
+def folded(name: str) -> str:
+    """Return what two spellings of one concept's name have in common."""
+    return normal(name).casefold()
+
+
 def held(file: Path) -> set[str]:
-    """Return the names of the concepts that a file holds."""
-    return {str(entry["name"]) for entry in listing(file).concepts} if file.exists() else set()
+    """Return the names of the concepts that a file holds, folded."""
+    return {folded(str(entry["name"])) for entry in listing(file).concepts} if file.exists() else set()
 
 
-def check(settings: SequenceSettings) -> None:
-    """Refuse settings that cannot be meant, all problems at once."""
+def check(settings: SequenceSettings, todo: Sequence[str]) -> None:
+    """Refuse settings that cannot be meant, and concepts still to be learned of which nothing is known, all at once."""
     problems = []
     if not settings.concepts:
         problems.append("--concepts is missing; give names, as in --concepts watercolor blueprint robot")
-    if twice := sorted({name for name in settings.concepts if settings.concepts.count(name) > 1}):
+    names = [folded(name) for name in settings.concepts]
+    if twice := sorted({name for name in settings.concepts if names.count(folded(name)) > 1}):
         problems.append(f"--concepts names {', '.join(twice)} more than once; each concept is learned once")
     if settings.workers is not None and settings.workers < 1:
         problems.append(f"--workers is {settings.workers}; at least 1 process is needed")
+    if settings.concept:
+        problems.append(f"--concept {settings.concept} is for train/concept.py; add it to --concepts")
+    if settings.instance_data_dir:
+        problems.append(
+            f"--instance_data_dir {settings.instance_data_dir} is for one concept; a sequence reads data/NAME/ for each"
+        )
+    if settings.progress_file:
+        problems.append(f"--progress_file {settings.progress_file} is for one concept; a sequence says how far it is by itself")
     if settings.patch:
         problems.append(f"--patch {settings.patch} is for one concept; --workers N names a patch for each by itself")
     if settings.dataset_config:
         problems.append(f"--dataset_config {settings.dataset_config} is for one concept; a sequence reads data/NAME/ for each")
+    problems += [problem for name in todo for problem in problems_of_one(settings, name)]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+
+
+def problems_of_one(settings: SequenceSettings, name: str) -> list[str]:
+    """Return what is wrong with the settings of one concept, or that nothing is known of it."""
+    alone, problems = replace(one_of(settings, name), patch=None, dataset_config=None), []
+    for look in (flags.check, recipe_of):
+        try:
+            look(alone)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def one_of(settings: SequenceSettings, name: str) -> ConceptSettings:
     """Return the settings of one concept of the list."""
     common = {field.name: getattr(settings, field.name) for field in fields(ConceptSettings)}
-    one = ConceptSettings(**{**common, "concept": name, "instance_data_dir": None})
+    one = ConceptSettings(**{**common, "concept": name, "instance_data_dir": None, "progress_file": None})
     return replace(one, resume_from_checkpoint=settings.resume_from_checkpoint or "auto")
 
 
 def learn_all(settings: SequenceSettings) -> list[str]:
     """Learn what is not held yet and return the names of the concepts learned now."""
-    check(settings)
     file = subspace_file(settings)
     done = held(file)
-    todo = [name for name in settings.concepts if name not in done]
+    todo = [name for name in settings.concepts if folded(name) not in done]
+    check(settings, todo)
     for name in settings.concepts:
-        if name in done:
+        if folded(name) in done:
             print(f"{name}: already in {file}, passed over")
-    if settings.workers is not None and todo:
+    if settings.workers is not None and todo and not settings.dry_run:
         return learn_apart(settings, file, todo)
     for number, name in enumerate(todo, start=1):
         print(f"\n[{number} of {len(todo)}] {name}")
         learn(one_of(settings, name))
-    return todo
+    return [] if settings.dry_run else todo
 
 
 def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> list[str]:
@@ -93,6 +121,9 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     patches = {name: folder / f"{name}.patch.safetensors" for name in todo}
     processes: list[subprocess.Popen[bytes]] = []
+    for name in todo:
+        if patches[name].exists():
+            print(f"{name}: {patches[name]} is there already, whatever it was learned with; remove it to learn {name} again")
 
     def work(name: str) -> int:
         if patches[name].exists():
@@ -137,6 +168,7 @@ def begin(settings: SequenceSettings, file: Path) -> None:
     words += ["--batch", str(min(settings.train_batch_size, 8))]
     words += ["--resolution", str(settings.resolution)] if settings.resolution else []
     words += ["--gradient_checkpointing"] if settings.gradient_checkpointing else []
+    words += ["--device", "cpu"] if settings.cpu else []
     words += [] if settings.train_text_encoder else ["--no-train_text_encoder"]
     if subprocess.run([sys.executable, "-m", "share_diffusion", "measure", str(file), *words], check=False).returncode:
         raise ValueError(f"{file} could not be begun; what is wrong stands above")
@@ -167,7 +199,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; start the same command again to go on", file=sys.stderr)
         return 130
-    print(f"\nlearned {len(learned)}: {', '.join(learned) or 'nothing was left to learn'}")
+    if settings.dry_run:
+        print("\nnothing is learned (--dry_run)")
+    else:
+        print(f"\nlearned {len(learned)}: {', '.join(learned) or 'nothing was left to learn'}")
     return 0
 
 

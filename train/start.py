@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from flags import PRECISIONS, ConceptSettings, objective_of, origin_of, variation_of
+from flags import PRECISIONS, ConceptSettings, capacity_of, objective_of, origin_of, variation_of
 from torch import nn
 
 from share_diffusion import loop
@@ -21,20 +23,22 @@ from share_diffusion.base import base_name, load_base
 from share_diffusion.buckets import batches_in_epoch
 from share_diffusion.cache import Cache
 from share_diffusion.calibration import Survey, begin, shipped
-from share_diffusion.class_pictures import class_folder, draw_class
+from share_diffusion.class_pictures import class_folder, draw_class, drawn_pictures
 from share_diffusion.data import Dataset, join_datasets, read_dataset
 from share_diffusion.learning import Frozen, denoising_loss, freeze
 from share_diffusion.loop import LOOK
+from share_diffusion.lora import LoRA
 from share_diffusion.memory import checkpoint_gradients, denoiser_of, park, quantise, use_xformers
 from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.objective import Draw, Objective
 from share_diffusion.picture_set import Framing, PictureSet, prepare_pictures
+from share_diffusion.price import least_bytes
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.step import draw_step
 from share_diffusion.subsets import read_subsets
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Subspace, refuse
 from share_diffusion.world.render import render_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +117,7 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     modules = select(pipeline, settings.targets, settings.train_text_encoder)
     begin_file(settings, accelerator, pipeline, file, modules)
     subspace = open_subspace(settings, pipeline, file, recipe, modules)
+    refuse(merge_problems(settings, subspace, recipe.name, sorted(modules)))
     if settings.quantize_base and subspace.origin.kind == "weights":
         raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
     framing = framing_of(settings, pipeline)
@@ -163,14 +168,25 @@ def subspace_file(settings: ConceptSettings) -> Path:
 
 
 def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
-    """Return the concept's output folder and the subspace file; whether they can be written is seen before any work."""
+    """Return the concept's output folder and the subspace file; whether all can be written is seen before any work."""
     file = subspace_file(settings)
     folder = Path(settings.output_dir) / base_name(settings.pretrained_model_name_or_path) / recipe.name
-    for place in (folder, Path(settings.patch or file).parent):
+    wanted = [(folder, "--output_dir"), (Path(settings.patch or file).parent, "--patch" if settings.patch else "--subspace")]
+    wanted += [(Path(settings.cache_dir), "--cache_dir")] if settings.cache_dir else []
+    problems = []
+    for place, asked in wanted:
         present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot write to {present}, where {place} would be; choose another --output_dir or --subspace")
+            problems.append(f"cannot write to {present}, where {place} would be; choose another {asked}")
+    if settings.with_prior_preservation and settings.class_data_dir and not is_folder_or_free(Path(settings.class_data_dir)):
+        problems.append(f"--class_data_dir {settings.class_data_dir} is no folder; give the folder of the class's pictures")
+    refuse(problems)
     return folder, file
+
+
+def is_folder_or_free(place: Path) -> bool:
+    """Tell whether a path is a folder, or could be made one."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists()).is_dir()
 
 
 def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -239,7 +255,8 @@ def prepare_class(
     folders = [(one.folder, one.prompt or settings.class_prompt, one.repeats) for one in tabled]
     if settings.with_prior_preservation and not tabled:
         assert settings.class_prompt is not None
-        folder = Path(settings.class_data_dir) if settings.class_data_dir else class_folder(settings.class_prompt)
+        own = class_folder(settings.class_prompt, settings.pretrained_model_name_or_path, framing.resolution)
+        folder = Path(settings.class_data_dir) if settings.class_data_dir else own
         folders = [(folder, settings.class_prompt, 1)]
         if accelerator.is_main_process and not settings.dry_run:
             drawn = draw_class(pipeline, folder, settings.class_prompt, settings.num_class_images, framing.resolution)
@@ -248,7 +265,16 @@ def prepare_class(
         accelerator.wait_for_everyone()
         if settings.dry_run and not folder.is_dir():
             return None, ""
-    parts = [read_dataset(folder, instance_prompt=prompt, repeats=repeats) for folder, prompt, repeats in folders]
+    parts = [
+        read_dataset(
+            folder,
+            instance_prompt=prompt,
+            repeats=repeats,
+            caption_column=settings.caption_column,
+            caption_from_filename=settings.caption_from_filename and not drawn_pictures(folder),
+        )
+        for folder, prompt, repeats in folders
+    ]
     joined = join_datasets(parts)
     return prepare_pictures(pipeline, joined, framing, cache=cache, freeze_text=text_frozen), joined.fingerprint
 
@@ -312,12 +338,27 @@ def open_subspace(
     subspace = Subspace.load(file, weights)
     if mismatch := subspace.base.mismatch(identity):
         raise ValueError(f"{file}: wrong base: {mismatch}; train on {subspace.base.name!r}, or name another --subspace file")
-    if recipe.name.casefold() in (name.casefold() for name in subspace.concepts):
+    if held := [name for name in subspace.concepts if name.casefold() == recipe.name.casefold()]:
         raise ValueError(
-            f"{file} already holds the concept {recipe.name!r}; choose another --concept name, or take it out first: "
-            f"share-diffusion drop {file} {recipe.name}"
+            f"{file} already holds the concept {held[0]!r}; choose another --concept name, or take it out first: "
+            f"share-diffusion drop {shlex.quote(str(file))} {shlex.quote(held[0])}"
         )
     return subspace.cover({path: shape_of(module) for path, module in modules.items()}, weights)
+
+
+def merge_problems(settings: ConceptSettings, subspace: Subspace, name: str, adapted: Sequence[str]) -> list[str]:
+    """Return what forbids the merge after the training, as far as it can be known before."""
+    capacity, mode = capacity_of(settings), settings.adaptation or loop.mode_for(subspace)
+    problems = subspace.merge_problems({name: LoRA({}, {})}, capacity, None)
+    if not problems and capacity.budget is not None:
+        ranks = dict.fromkeys(adapted, settings.pseudo_rank if mode == "coefficients" else 1)
+        held = subspace.layers, subspace.fixed, subspace.concepts
+        least = subspace.origin.bytes + least_bytes(*held, name, ranks, capacity.budget)
+        if capacity.budget < least:
+            problems.append(
+                f"budget is {capacity.budget:,} bytes; with {name} in it the file takes {least:,} at least; raise it"
+            )
+    return problems
 
 
 def start_learner(run: Run, attached: Attached) -> tuple[Learner, float]:

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: what is kept, and what must be the same before a run goes on from one."""
+"""Where a run begins and what it keeps: its optimizer, and checkpoints with what must be the same to go on from one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +11,40 @@ from start import Run
 
 from share_diffusion.adapt import Learner
 from share_diffusion.checkpoint import find_state, save_state
-from share_diffusion.optimizers import Average
+from share_diffusion.optimizers import Average, make_optimizer
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where the training begins: step 0, or a checkpoint that is restored already."""
+
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    rates: list[float]  # of the optimizer's groups, before any schedule
+    first: int
+    history: list[float]
+    recorded: list[tuple[int, float]]
+
+
+def begin(run: Run, learner: Learner) -> Beginning:
+    """Return where the training begins; an optimizer or a checkpoint that does not fit is told before any picture is drawn."""
+    settings = run.settings
+    groups = learner.parameter_groups(settings.learning_rate, settings.factor_learning_rate, settings.text_encoder_lr)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args, run.steps)
+    average = Average(learner, settings.ema_decay) if settings.ema_decay else None
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return Beginning(optimizer, average, rates, *resume(run, learner, optimizer, average))
 
 
 def facts_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint must share with the run that goes on from it."""
-    return {
+    facts = {
         "data": run.data,
         "basis_version": run.subspace.basis_version,
         "settings": comparable(run.settings),
+        "processes": run.accelerator.num_processes,
     }
+    return facts | ({"held": list(run.subspace.concepts)} if run.settings.preserve_weight else {})
 
 
 def keep_state(
@@ -60,6 +85,9 @@ def resume(
     changes = [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs.get(key)]
     changes += ["the pictures or captions have changed"] if facts["data"] != state.facts["data"] else []
     changes += ["the subspace file has changed"] if facts["basis_version"] != state.facts["basis_version"] else []
+    for key, what in (("processes", "the number of processes"), ("held", "what the file holds, which is preserved,")):
+        if facts.get(key) != (before := state.facts.get(key, facts.get(key))):
+            changes.append(f"{what} was {before}, now {facts[key]}")
     if changes and automatic:
         accelerator.print(f"the checkpoint of step {state.step} is not this run's ({'; '.join(changes)}); starting at step 0")
         return 0, [], []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Fit LoRA files, say what each keeps, and write the subspace."""
     from share_diffusion import storage
     from share_diffusion.account import report
-    from share_diffusion.intake import sources, take_in
+    from share_diffusion.intake import take_in
     from share_diffusion.subspace import BaseIdentity, Subspace
 
-    found = sources(arguments.loras, arguments.name, arguments.kind, arguments.trigger)
+    found = sources_of(arguments)
     if arguments.output.exists():
         raise ValueError(f"{arguments.output} is there already; merge into it with `merge`, or give another --output")
     if not arguments.output.parent.is_dir():
@@ -47,12 +49,47 @@ def run(arguments: argparse.Namespace) -> None:
     capacity, pipeline = capacity_of(arguments), open_base(arguments.pretrained_model_name_or_path, arguments)
     empty = Subspace(base=identity(pipeline, arguments) if pipeline else BaseIdentity())
     with storage.locked(arguments.output):
-        subspace, account = take_in(empty, found, capacity, pseudo_rank=arguments.pseudo_rank, progress=reading)
+        with all_unreadable(found):
+            subspace, account = take_in(empty, found, capacity, pseudo_rank=arguments.pseudo_rank, progress=reading)
         if pipeline is None and account.family:
             subspace = replace(subspace, base=BaseIdentity(f"{account.family}, by its layers"))
         refuse_wrong_base(pipeline, subspace)
         print(report(empty, subspace, account))
         write(arguments, subspace, arguments.output)
+
+
+def sources_of(arguments: argparse.Namespace) -> list[Any]:
+    """Return the LoRA files with their names; ValueError where one file is given two names."""
+    from share_diffusion.intake import sources
+
+    named: dict[str, list[str]] = {}
+    for entry in arguments.name:
+        name, _, path = entry.partition("=")
+        named.setdefault(path, []).append(name)
+    if twice := [
+        f"--name gives {path} the names {', '.join(names)}; give it one" for path, names in named.items() if names[1:]
+    ]:
+        raise ValueError("; ".join(twice))
+    return sources(arguments.loras, arguments.name, arguments.kind, arguments.trigger)
+
+
+@contextmanager
+def all_unreadable(found: list[Any]) -> Iterator[None]:
+    """Within the block, the first LoRA file that cannot be read is told together with all others that cannot be."""
+    from share_diffusion.lora import LoRA
+
+    try:
+        yield
+    except ValueError as first:
+        problems = []
+        for source in found:
+            try:
+                LoRA.read(source.path)
+            except ValueError as error:
+                problems.append(str(error))
+        if str(first) in problems:
+            raise ValueError("; ".join(problems)) from None
+        raise
 
 
 def capacity_of(arguments: argparse.Namespace) -> Any:

@@ -20,10 +20,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-train_text_encoder", dest="train_text_encoder", action="store_false")
     parser.add_argument("--derived_rank", type=int, default=48, help="columns a side on average (default: %(default)s)")
     parser.add_argument("--resolution", type=int, help="side of the pictures that it draws (default: the base's own)")
-    parser.add_argument("--pictures", type=int, default=32, help="how many it draws (default: %(default)s)")
-    parser.add_argument(
-        "--draws", type=int, default=128, help="how many it is shown in each of two passes (default: %(default)s)"
-    )
+    parser.add_argument("--pictures", type=int, help="how many it draws (default: 32)")
+    parser.add_argument("--draws", type=int, help="how many it is shown in each of two passes (default: 128)")
     parser.add_argument("--batch", type=int, default=8, help="how many at once (default: %(default)s)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     from share_diffusion.models.layers import select
     from share_diffusion.subspace import Origin
 
-    survey = Survey(arguments.pictures, arguments.draws, arguments.batch, arguments.resolution)
+    asked = {key: getattr(arguments, key) for key in ("pictures", "draws") if getattr(arguments, key) is not None}
+    survey = Survey(**asked, batch=arguments.batch, resolution=arguments.resolution)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = arguments.pretrained_model_name_or_path
     pipeline = load_base(name, device=device, local_files_only=arguments.local_files_only)
@@ -55,7 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     modules = select(pipeline, arguments.targets, arguments.train_text_encoder)
     origin = Origin("activations", arguments.derived_rank, arguments.seed)
     if shipped(pipeline, modules, origin):
-        print(f"the columns of {base_name(name)} come with the package: nothing has to be measured")
+        if asked:
+            words = " and ".join(f"--{key} {value}" for key, value in asked.items())
+            raise ValueError(f"the columns of {base_name(name)} come with the package and nothing is drawn; leave out {words}")
+        moot = f"; --resolution {arguments.resolution} has no say in them" if arguments.resolution else ""
+        print(f"the columns of {base_name(name)} come with the package: nothing has to be measured{moot}")
     else:
         print(f"{base_name(name)} draws {survey.pictures} pictures of its own; then {len(modules)} of its layers are measured")
     with tqdm(desc="measuring", unit="pass", disable=None) as bar:

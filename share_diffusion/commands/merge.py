@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Merge LoRA files, say what everything keeps, and write the file."""
     from share_diffusion import storage
     from share_diffusion.account import report
-    from share_diffusion.intake import sources, take_in
+    from share_diffusion.intake import take_in
     from share_diffusion.models.identity import weights_of
     from share_diffusion.patch import is_patch
     from share_diffusion.subspace import Subspace
@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     if any(is_patch(path) for path in arguments.loras):
         fold(arguments)
         return
-    found = sources(arguments.loras, arguments.name, arguments.kind, arguments.trigger)
+    if arguments.against:
+        raise ValueError("--against is for patches, and no patch is given; leave it out")
+    found = fit.sources_of(arguments)
     own = read_prompts(arguments.distil_prompts) if arguments.distil_prompts else []
     name = base_of(arguments)
     pipeline = fit.open_base(name, arguments)
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
             merged = distilled(arguments, pipeline, subspace, found, own)
         else:
             limits = {"weights": weights, "pseudo_rank": arguments.pseudo_rank, "progress": fit.reading}
-            merged, account = take_in(subspace, found, fit.capacity_of(arguments), **limits)
+            with fit.all_unreadable(found):
+                merged, account = take_in(subspace, found, fit.capacity_of(arguments), **limits)
             print(report(subspace, merged, account))
         fit.refuse_wrong_base(pipeline, merged)
         if pipeline is None and (new := merged.layers.keys() - subspace.layers.keys()):
@@ -69,9 +72,11 @@ def fold(arguments: argparse.Namespace) -> None:
     from share_diffusion.patch import is_patch
 
     others = [path for path in arguments.loras if not is_patch(path)]
-    if others or arguments.name or arguments.distil:
+    others += [f"--{flag}" for flag in ("name", "kind", "trigger", "pseudo_rank", "distil") if getattr(arguments, flag)]
+    if others:
         raise ValueError(
-            f"patches are merged by themselves, under their own names; leave out {', '.join(others) or 'the rest'}"
+            "patches are merged by themselves, with the name, kind, trigger and rank that each has; leave out "
+            + ", ".join(others)
         )
     pipeline = fit.open_base(arguments.pretrained_model_name_or_path, arguments)
     weights = weights_of(pipeline) if pipeline is not None else None
