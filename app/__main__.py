@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+from app.port import check_port, taken
 from app.security import ADDRESS, QUEUE, launch_settings, prepare
 
 FOLDER = "app"  # in the output folder: history, card pictures, uploads
@@ -38,31 +41,47 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Load the model and answer on the loopback address."""
-    if not 1 <= arguments.port <= 65535:
-        raise ValueError(f"--port is {arguments.port}; it is 1 to 65535")
+    check_port(arguments.port)
     folder = arguments.output_dir / FOLDER
     prepare(folder)
+    from share_diffusion.base import usable
+    from share_diffusion.commands.generate import best_device
+
+    device = usable(arguments.device or best_device())  # both are seen before the slow part
     from app.engine import open_engine
     from app.page import appearance, create_page
-    from share_diffusion.commands.generate import best_device
 
     engine = open_engine(
         arguments.pretrained_model_name_or_path,
         arguments.subspace,
         folder,
-        device=arguments.device or best_device(),
+        device=str(device),
         local_files_only=arguments.local_files_only,
     )
+    end_on_signals()
     page = create_page(engine).queue(max_size=QUEUE, default_concurrency_limit=4)
     try:
         page.launch(**appearance(), **launch_settings(arguments.port, engine.served), prevent_thread_lock=True)
     except OSError as error:
-        raise ValueError(f"port {arguments.port} cannot be opened ({error}); choose another with --port") from None
+        raise ValueError(taken(arguments.port, error.strerror or "taken meanwhile")) from None
     print(f"http://{ADDRESS}:{arguments.port}/", flush=True)
     try:
         page.block_thread()
     finally:
-        engine.cancel_learning()
+        engine.close()
+        page.close(verbose=False)
+
+
+def end_on_signals() -> None:
+    """Let a request to end reach `finally`, as Ctrl-C does; one that is ignored, as by nohup, stays ignored."""
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.mix import taken_from
 from app.speak import spoken
 from app.studio import GPU
 from app.wish import Wish
@@ -19,13 +20,13 @@ def wire_api(engine: Any) -> None:
     start = engine.start
     with gr.Column(visible=False):
         prompt, blend = gr.Textbox(label="prompt"), gr.Textbox(label="blend")
-        seed = gr.Number(0, label="seed", precision=0)
+        seed = gr.Number(0, label="seed")
         negative = gr.Textbox("", label="negative_prompt")
-        steps = gr.Number(start.steps, label="steps", precision=0)
+        steps = gr.Number(start.steps, label="steps")
         guidance = gr.Number(start.guidance_scale, label="guidance_scale")
         width, height = (
-            gr.Number(start.width, label="width", precision=0),
-            gr.Number(start.height, label="height", precision=0),
+            gr.Number(start.width, label="width"),
+            gr.Number(start.height, label="height"),
         )
         picture = gr.Image(format="png", type="filepath", label="picture")
         concepts = gr.JSON(label="concepts")
@@ -33,7 +34,11 @@ def wire_api(engine: Any) -> None:
 
     @spoken
     def blend_api(prompt, blend, seed, negative_prompt, steps, guidance_scale, width, height) -> str:
-        """Draw one picture of a written blend, such as "watercolor:0.8 + robot:0.5", and return it as a PNG."""
+        """Draw one picture of a written blend, such as "watercolor:0.8 + robot:0.5", and return it as a PNG.
+
+        Tags in the prompt, such as "<share:watercolor:0.8>", join the blend.
+        """
+        prompt, blend = taken_from(prompt or "", blend or "")
         asked = {
             "prompt": prompt,
             "blend": blend,

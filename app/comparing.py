@@ -17,7 +17,7 @@ from app.mix import names_of
 from app.past import history_of, turns
 from app.plans import Plan, axis_of, strip_plan, sweep_plan, with_and_without
 from app.preview import montage
-from app.speak import plain, spoken
+from app.speak import said, spoken
 from app.studio import GPU, QUIET, Studio
 from app.wish import Wish
 from app.words import WORDS
@@ -101,6 +101,7 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
     def choose(event: gr.EventData, page: int, chosen: list[str]) -> tuple[Any, ...]:
         name = str(event._data.get("id"))
         engine.history.path(name)
+        chosen = [one for one in chosen if engine.history.holds(one)]  # one may have been deleted under Draw
         chosen = [*chosen, name][-2:] if name not in chosen else [name]
         shown, page, text = marked(engine, page, chosen)
         if len(chosen) < 2:
@@ -172,6 +173,8 @@ def sweeps(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
     def plan(form: tuple[Any, ...], *sides: Any) -> Plan:
         wish = wish_of(engine, form)
         known = {*engine.cards, SEED}
+        if not (sides[0] and sides[4]):
+            raise ValueError(WORDS.sweep_choose)
         if strange := [what for what in (sides[0], sides[4]) if what not in known]:
             raise ValueError(f"{strange[0]!r} is neither a concept of this subspace nor seed")
         return sweep_plan(wish, axis_of(wish, *sides[:4]), axis_of(wish, *sides[4:]))
@@ -269,7 +272,7 @@ def run(
                     yield {place.meter: now}
         except Exception as error:
             stopped = stop.is_set() and not isinstance(error, ValueError)
-            text = WORDS.stopped if stopped else plain(str(error)) if isinstance(error, ValueError) else WORDS.unexpected
+            text = WORDS.stopped if stopped else said(error)
             yield {place.meter: {"text": text}, draw: on(), place.stop: off()}
             if not stopped:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -13,17 +13,40 @@ import gradio as gr
 from app import mix
 from app.past import history_of
 from app.preview import montage
-from app.speak import plain, spoken
+from app.speak import said, spoken
 from app.studio import GPU, QUIET, Canvas, Studio
-from app.wish import Wish
+from app.wish import Wish, checked
 from app.words import WORDS
 
+Paint = Callable[[str], tuple[str, dict[str, str]]]
 
-def wish_of(engine: Any, values: tuple[Any, ...]) -> Wish:
-    """Return the wish that the form makes; every problem is in one message."""
+
+def wish_of(engine: Any, values: tuple[Any, ...], paint: Paint | None = None) -> Wish:
+    """Return the wish that the form makes; every problem is in one message.
+
+    `paint` returns a blend with the regions that were just painted for it, and their masks.
+    """
+    engine.refresh()
+    return Wish.of({**engine.start.values, **asked_of(values, paint)}, engine.limits, list(engine.cards))
+
+
+def form_of(engine: Any, values: tuple[Any, ...]) -> Wish:
+    """Return what the form shows, its problems left in: for comparing with, not for drawing."""
+    engine.refresh()
+    try:
+        asked = asked_of(values)
+    except ValueError:  # a tag in the prompt, or the blend beside it, is half written
+        asked = asked_of(("", *values[1:])) | {"prompt": values[0]}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return engine.start.changed(**{**given, **checked(given, engine.limits)[0]})
+
+
+def asked_of(values: tuple[Any, ...], paint: Paint | None = None) -> dict[str, Any]:
+    """Return the form's values by field, with what the prompt's tags say in the blend."""
     prompt, written, mixer, negative, seed, count, steps, guidance, sampler, width, height, masks = values
     prompt, blend = mix.taken_from(prompt or "", mix.newest(written or "", mixer))
-    asked = {
+    blend, painted = paint(blend) if paint else (blend, {})
+    return {
         "prompt": prompt,
         "blend": blend,
         "negative_prompt": negative,
@@ -34,10 +57,8 @@ def wish_of(engine: Any, values: tuple[Any, ...]) -> Wish:
         "sampler": sampler,
         "width": width,
         "height": height,
-        "masks": mix.used_masks(blend, masks),
+        "masks": mix.used_masks(blend, {**(masks or {}), **painted}),
     }
-    engine.refresh()
-    return Wish.of({**engine.start.values, **asked}, engine.limits, list(engine.cards))
 
 
 class Sessions:
@@ -77,7 +98,7 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
         try:
             wish = wish_of(engine, form)
         except ValueError as error:
-            yield idle(plain(str(error)))
+            yield idle(said(error))
             raise
         if fresh:
             wish = wish.changed(seed=random.randrange(2**32))
@@ -96,7 +117,7 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
                     yield moment(frame)
         except Exception as error:
             if not stop.is_set():
-                yield idle(plain(str(error)) if isinstance(error, ValueError) else WORDS.unexpected)
+                yield idle(said(error))
                 raise
             yield idle(WORDS.stopped)
 

@@ -7,6 +7,7 @@ or by another program: `refresh` attaches the new one between two drawings.
 
 from __future__ import annotations
 
+import logging
 import queue
 import shutil
 import threading
@@ -23,7 +24,7 @@ from app.cards import Card, CardPictures, card_of
 from app.export import FORMATS, write_blend
 from app.history import History
 from app.job import Job, Lesson, names_in
-from app.knowledge import Knowledge, read_reports
+from app.knowledge import Knowledge, read_reports, report_files
 from app.masks import read_masks
 from app.plans import Plan, grid_of, write_grid
 from app.preview import Previewer
@@ -33,7 +34,7 @@ from app.words import WORDS
 from share_diffusion.attached import AttachedSubspace, attach
 from share_diffusion.base import TINY, base_name, load_base
 from share_diffusion.blend import Blend
-from share_diffusion.drawing import BATCH, Sampling, generate, save_png
+from share_diffusion.drawing import BATCH, Sampling, generate, save_png, save_whole
 from share_diffusion.loudness import loudest
 from share_diffusion.models.identity import weights_of
 from share_diffusion.overlap import SOME, overlaps
@@ -42,8 +43,10 @@ from share_diffusion.subspace import Subspace
 READY_MADE = TINY.parent / "concepts.safetensors"
 CARD_SEED = 7
 PREVIEW_EVERY = 3
+CLOSING = 5.0  # seconds that a drawing has to end in when the page is closed
 MOST_ADVISED = 12  # concepts of a blend whose overlaps are told
 Tell = Callable[["Frame"], None]
+log = logging.getLogger("app")
 
 
 class Stopped(Exception):
@@ -81,6 +84,7 @@ class Engine:
         self.cards: dict[str, Card] = {}
         self.stamp: tuple[int, int] | None = None
         self.wanted: list[str] = []
+        self.failed: set[str] = set()
         self.drawn = 0
         self.waiting = 0
         self.job: Job | None = None
@@ -109,13 +113,22 @@ class Engine:
             return False
         with self.lock:
             subspace = Subspace.load(self.file, weights_of(self.pipeline))
-            if self.handle is not None:
-                self.handle.detach()
-            self.handle = attach(self.pipeline, subspace)
+            self.swap(subspace)
             self.subspace, self.stamp = subspace, stamp
             version = subspace.basis_version
             self.cards = {name: card_of(concept, version) for name, concept in subspace.concepts.items()}
         return True
+
+    def swap(self, subspace: Subspace) -> None:
+        """Put a subspace onto the model in the place of the present one, which stays where the new one does not fit."""
+        if self.handle is not None:
+            self.handle.detach()
+        self.handle, self.stamp = None, None
+        try:
+            self.handle = attach(self.pipeline, subspace)
+        finally:
+            if self.handle is None and self.subspace is not None:
+                self.handle = attach(self.pipeline, self.subspace)
 
     def draw(self, wishes: Sequence[Wish], stop: threading.Event | None = None, *, keep: bool = True) -> Iterator[Frame]:
         """Yield a frame after every step; leaving the loop, or setting `stop`, ends the drawing within a step.
@@ -238,7 +251,7 @@ class Engine:
         """In which forms a blend can be exported."""
         return list(FORMATS)
 
-    def export(self, blend: str, name: str, kind: str) -> Path:
+    def export(self, blend: str, name: str | None, kind: str) -> Path:
         """Write a blend as a file that other programs read and return where it is."""
         self.refresh()
         if self.subspace is None:
@@ -251,8 +264,11 @@ class Engine:
         """Start learning a concept in its own process and return the job; one at a time."""
         if self.learning:
             raise ValueError("a concept is being learned already; wait for it, or cancel it")
-        lesson = Lesson.of(pictures, name, kind, trigger, steps, names_in(self.file))
-        job = Job(lesson, self.own_file(), self.base, self.folder / "lessons")
+        own = self.own_file
+        lesson = Lesson.of(pictures, name, kind, trigger, steps, names_in(own if own.is_file() else self.file))
+        job = Job(lesson, own, self.base, self.folder / "lessons")
+        job.take_pictures()
+        self.open_own()
         job.start()
         self.job = job
         return job
@@ -262,20 +278,36 @@ class Engine:
         """Whether a concept is being learned; a lesson goes on when the page that started it is closed."""
         return self.job is not None and self.job.running
 
+    @property
     def own_file(self) -> Path:
-        """Return the subspace file that learning may change: the ready-made one is copied first, and the copy opened."""
-        if self.file is None or self.file == READY_MADE:
-            own = own_place(self.folder, self.base)
-            own.parent.mkdir(parents=True, exist_ok=True)
-            if self.file is not None and not own.exists():
-                shutil.copyfile(self.file, own)
-            self.file = own
+        """The subspace file that learning may change: never the ready-made one, however it was named."""
+        if self.file is None or self.file.resolve() == READY_MADE.resolve():
+            return own_place(self.folder, self.base)
         return self.file
+
+    def open_own(self) -> None:
+        """Open the file that learning may change; it begins as a copy of the ready-made one where that was open."""
+        own, before = self.own_file, self.file
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if before is not None and not own.exists():
+
+            def copy(part: Path) -> None:
+                shutil.copyfile(before, part)
+
+            save_whole(own, copy)
+        self.file = own
 
     def cancel_learning(self) -> None:
         """End the running lesson, if there is one."""
         if (job := self.job) is not None:
             job.cancel()
+
+    def close(self) -> None:
+        """End the running lesson, and see that nobody is at the model when the process ends."""
+        self.cancel_learning()
+        self.waiting += 1
+        self.people.set()  # a card picture in the making gives way within a step
+        self.lock.acquire(timeout=CLOSING)
 
     def sheet(self, plan: Plan, pictures: Sequence[Image.Image], *, film: bool = False) -> tuple[Path, Path | None]:
         """Write the finished pictures of a plan on a labelled sheet, and as a film."""
@@ -285,7 +317,9 @@ class Engine:
         """Return what the subspace knows, None where there is no file."""
         if self.subspace is None or self.file is None:
             return None
-        reports = read_reports([self.file.parent, self.folder / "lessons"], list(self.cards))
+        if not self.file.is_file():
+            raise ValueError(WORDS.gone(self.file.name))
+        reports = read_reports(report_files(self.file, self.folder / "lessons"), list(self.cards))
         return Knowledge.of(self.subspace, self.file, reports)
 
     def advice(self, blend: Blend) -> str:
@@ -304,8 +338,8 @@ class Engine:
         return loudest(self.subspace[name] for name in dict.fromkeys(blend.names) if name in self.cards)
 
     def want_cards(self, cards: Sequence[Card]) -> int:
-        """Ask for these cards' pictures next and return how many are still to be drawn."""
-        missing = self.pictures.missing(cards)
+        """Ask for these cards' pictures next and return how many are still to be drawn; one that failed is not tried again."""
+        missing = [card for card in self.pictures.missing(cards) if card.key not in self.failed]
         self.wanted = [card.name for card in missing]
         return len(missing)
 
@@ -321,8 +355,9 @@ class Engine:
                 self.draw_card(card)
             except Stopped:
                 continue
-            except (ValueError, RuntimeError, OSError):
-                pause.wait(1.0)
+            except Exception as error:  # one card that cannot be drawn leaves the others theirs
+                self.failed.add(card.key)
+                log.warning("no picture for the card of %r", card.name, exc_info=error)
             self.wanted = [name for name in self.wanted if name != card.name]
 
     def draw_card(self, card: Card) -> None:

@@ -22,7 +22,9 @@ FORMATS = {
 }
 
 
-def write_blend(subspace: Subspace, written: str, file_name: str, format_name: str, folder: Path, pipeline: Any = None) -> Path:
+def write_blend(
+    subspace: Subspace, written: str, file_name: str | None, format_name: str, folder: Path, pipeline: Any = None
+) -> Path:
     """Write the blend into the folder, in one of FORMATS, under a name that is safe on every system; returns the file.
 
     `pipeline` is the bare base, which the ComfyUI folder then holds too. The library refuses what no LoRA can hold.
@@ -33,7 +35,7 @@ def write_blend(subspace: Subspace, written: str, file_name: str, format_name: s
     if not any(term.weight for term in blend.terms):
         raise ValueError("there is nothing to export: add a concept and give it a weight other than 0")
     folder.mkdir(parents=True, exist_ok=True)
-    name = safe_name(file_name.strip() or " ".join(blend.names))
+    name = safe_name((file_name or "").strip() or " ".join(blend.names))
     with TemporaryDirectory(dir=folder) as work:
         output = Path(work) / (f"{name}.safetensors" if form in SINGLE else name)
         export(subspace, blend, output, form, pipeline=pipeline, preview=False)

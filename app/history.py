@@ -41,9 +41,13 @@ class History:
 
     def path(self, name: str) -> Path:
         """Return a picture's file; an id that is not one of ours is a ValueError."""
-        if not isinstance(name, str) or not NAME.fullmatch(name) or not (self.folder / f"{name}.png").is_file():
+        if not self.holds(name):
             raise ValueError("this picture is not in the history any more; reload the page")
         return self.folder / f"{name}.png"
+
+    def holds(self, name: str) -> bool:
+        """Whether an id is that of a picture that is still there."""
+        return isinstance(name, str) and NAME.fullmatch(name) is not None and (self.folder / f"{name}.png").is_file()
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return the settings inside a picture."""
@@ -73,7 +77,7 @@ def read_tile(path: str) -> tuple[str, str, str]:
         settings = read_settings(path)
         with Image.open(path) as image:
             picture = thumbnail(image)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "", "a damaged picture", ""
     return picture, str(settings.get("prompt", ""))[:200], str(settings.get("blend", ""))[:120]
 

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.components import heat, line, table
+from app.speak import said, spoken
 from app.studio import QUIET
 from app.words import WORDS
 
@@ -50,13 +51,20 @@ def inside(engine: Any, tab: gr.Tab) -> None:
     gr.Markdown(f"### {WORDS.concepts}")
     concepts = table("inside-concepts", WORDS.concepts)
 
+    @spoken
     def look() -> tuple[Any, ...]:
-        engine.refresh()
-        known = engine.knowledge()
+        try:
+            engine.refresh()
+            known = engine.knowledge()
+        except ValueError as error:
+            return nothing(said(error))
         if known is None:
-            return (gr.skip(),) * 3 + (WORDS.no_subspace, gr.skip(), gr.skip())
+            return nothing(WORDS.no_subspace)
         rows = {"head": list(WORDS.inside_head), "rows": known.concepts}
         plots = gr.BarPlot(known.sizes, visible=True), gr.LinePlot(known.spectra, visible=True)
         return known.overlap, known.retention, plots[0], WORDS.cost(known.bytes), plots[1], rows
+
+    def nothing(why: str) -> tuple[Any, ...]:
+        return (gr.skip(),) * 3 + (why, gr.skip(), gr.skip())
 
     tab.select(look, None, [overlap, retention, sizes, cost, spectrum, concepts], **QUIET)

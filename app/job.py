@@ -91,8 +91,8 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
         self.cancelled = False
 
-    def start(self) -> None:
-        """Copy the pictures and start the script."""
+    def take_pictures(self) -> None:
+        """Copy the pictures; one that cannot be read leaves nothing behind and is a ValueError."""
         pictures = self.folder / "pictures"
         pictures.mkdir(parents=True)
         problems = []
@@ -104,9 +104,12 @@ class Job:
         if problems:
             shutil.rmtree(self.folder)
             raise ValueError("; ".join(problems))
+
+    def start(self) -> None:
+        """Start the script on the pictures that were taken."""
         with (self.folder / "log.txt").open("wb") as log:
             self.process = subprocess.Popen(
-                self.command(pictures),
+                self.command(self.folder / "pictures"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

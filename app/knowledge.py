@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,20 +99,24 @@ def retention_matrix(subspace: Subspace, reports: Mapping[str, Mapping[str, floa
     return {"columns": columns, "rows": names, "values": values, "low": low, "high": 1.0, "digits": 4}
 
 
-def read_reports(places: Sequence[Path], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the retention of all concepts after each was learned, from the reports that training wrote beside the file."""
+def report_files(file: Path, lessons: Path) -> list[Path]:
+    """Return the reports of training where it writes them: a concept's folder beside the file, or in a lesson of the page."""
+    return [*sorted(file.parent.glob("*/report.json")), *sorted(lessons.glob("*/*/*/report.json"))]
+
+
+def read_reports(paths: Iterable[Path], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the retention of all concepts after each was learned; a report that cannot be read is passed over."""
     found: dict[str, dict[str, float]] = {}
-    for place in places:
-        for path in sorted(place.glob("**/report.json")) if place.is_dir() else []:
-            try:
-                if path.stat().st_size > REPORT_LIMIT:
-                    continue
-                report = json.loads(path.read_text(encoding="utf-8"))
-                after = {str(key): float(value) for key, value in report["retention"]["after"].items()}
-                if report["concept"] in names:
-                    found[report["concept"]] = after
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    for path in paths:
+        try:
+            if path.stat().st_size > REPORT_LIMIT:
                 continue
+            report = json.loads(path.read_text(encoding="utf-8"))
+            after = {str(key): float(value) for key, value in report["retention"]["after"].items()}
+            if report["concept"] in names:
+                found[report["concept"]] = after
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
     return found
 
 

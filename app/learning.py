@@ -13,7 +13,7 @@ from PIL import Image
 from app.components import line, meter
 from app.job import MOST_PICTURES, MOST_STEPS, Progress
 from app.preview import montage
-from app.speak import plain, spoken
+from app.speak import plain, said, spoken
 from app.studio import QUIET
 from app.words import WORDS
 
@@ -91,9 +91,14 @@ def learning(engine: Any) -> gr.HTML:
             if progress.state == "done":
                 engine.refresh()
                 yield {news: WORDS.learned(job.lesson.name, progress.retention)}
-        except ValueError as error:
-            yield {status: {"text": plain(str(error))}}
-        yield {start: gr.Button(interactive=True), cancel: gr.Button(interactive=engine.learning)}
+        except Exception as error:
+            yield {status: {"text": said(error)}, **ready()}
+            if not isinstance(error, ValueError):
+                raise
+        yield ready()
+
+    def ready() -> dict[Any, Any]:
+        return {start: gr.Button(interactive=True), cancel: gr.Button(interactive=engine.learning)}
 
     def look(progress: Progress) -> dict[Any, Any]:
         now = {"text": WORDS.lesson(progress.state, progress.step, progress.steps, plain(progress.problem))}

@@ -27,11 +27,13 @@ def read_mask(text: str) -> Image.Image:
         raise ValueError(f"a painted region has {len(text):,} characters; at most {MOST_TEXT:,} are read")
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
-            if max(image.size) > SIDE:
-                raise ValueError("a painted region is larger than it can be")
-            return image.convert("L")
+            if max(image.size) <= SIDE:
+                return image.convert("L")
+    except Image.DecompressionBombError:
+        pass
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError("a painted region cannot be read; paint it again") from error
+    raise ValueError(f"a painted region has more than {SIDE} x {SIDE} pixels, the most that are read; paint it again")
 
 
 def read_masks(masks: Mapping[str, str]) -> dict[str, Image.Image]:

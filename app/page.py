@@ -18,6 +18,7 @@ from app.regions import regions
 from app.remember import browser_form, form_from, wire_remember
 from app.restoring import restoring, wire_restoring
 from app.shelf import shelf_state, wire_blend, wire_library
+from app.speak import said, spoken
 from app.studio import QUIET, Canvas, Studio, canvas, controls, library
 from app.taking import taking
 from app.words import WORDS
@@ -55,12 +56,13 @@ def create_page(engine: Any) -> gr.Blocks:
         wire_restoring(engine, studio, stage, shelf, panel)
         wire_remember(studio, saved)
         wire_api(engine)
-        news.change(
-            lambda query, kind, blend: (*refreshed(engine, query, kind, blend), headline(engine)),
-            [shelf.search, shelf.kind, studio.written],
-            [*shelf_outputs, facts],
-            **QUIET,
-        )
+
+        @spoken
+        def learned(query: str, kind: str, blend: str) -> tuple[Any, ...]:
+            engine.refresh()
+            return *shelf_state(engine, query, kind, 0, blend), headline(engine)
+
+        news.change(learned, [shelf.search, shelf.kind, studio.written], [*shelf_outputs, facts], **QUIET)
         wire_load(page, engine, saved, studio, stage, [*shelf_outputs, facts])
     return page
 
@@ -70,31 +72,35 @@ def headline(engine: Any) -> str:
     return WORDS.facts(engine.base, engine.file.name if engine.file else "", len(engine.cards))
 
 
-def refreshed(engine: Any, query: str, kind: str, blend: str) -> tuple[Any, ...]:
-    """Return the first page of cards after looking at the subspace file again."""
-    engine.refresh()
-    return shelf_state(engine, query, kind, 0, blend)
-
-
 def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Studio, stage: Canvas, heads: list[Any]) -> None:
     """Fill a page that opens or reloads: cards, history, the newest picture, and the form as the browser kept it."""
 
+    @spoken
     def load(form: Any) -> dict[Any, Any]:
+        problem = looked(engine)
         values, mixer = form_from(form, engine)
-        blend = values.get("blend", "")
-        cards = refreshed(engine, "", "all", blend)
+        cards = shelf_state(engine, "", "all", 0, values.get("blend", ""))
         shown, number, text = history_of(engine, 0)
         filled: dict[Any, Any] = {component: values[name] for name, component in studio.fields.items() if name in values}
         filled |= dict(zip(heads, (*cards, headline(engine)), strict=True))
-        filled[studio.mixer] = mixer
+        filled |= {studio.mixer: mixer, **({stage.meter: {"text": problem}} if problem else {})}
         filled |= {stage.history: shown, stage.history_page: number, stage.history_line: text}
         if shown["tiles"]:
             filled[stage.picture] = str(engine.history.path(shown["tiles"][0]["id"]))
         return filled
 
     outputs = [*studio.fields.values(), *heads, studio.mixer]
-    outputs += [stage.history, stage.history_page, stage.history_line, stage.picture]
+    outputs += [stage.history, stage.history_page, stage.history_line, stage.picture, stage.meter]
     page.load(load, [saved], outputs, **QUIET)
+
+
+def looked(engine: Any) -> str:
+    """Look at the subspace file again and return what is wrong with it; the page goes on with what it has."""
+    try:
+        engine.refresh()
+    except (OSError, ValueError) as error:
+        return said(error)
+    return ""
 
 
 def appearance() -> dict[str, Any]:

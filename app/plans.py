@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from app.wish import MOST_WEIGHT, Wish, number
+from app.words import WORDS
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import Sampling
 from share_diffusion.grid import SEED, Axis, Cell, Grid, spread
@@ -32,9 +33,11 @@ class Plan:
     rows: Sequence[str]
 
 
-def with_and_without(wish: Wish, concept: str) -> Plan:
+def with_and_without(wish: Wish, concept: str | None) -> Plan:
     """Return the plan of two pictures that differ by one concept alone."""
     blend = Blend.parse(wish.blend)
+    if not concept:
+        raise ValueError(WORDS.pair_choose)
     if concept not in blend.names:
         raise ValueError(f"{concept!r} is not in the blend; add it to the blend first")
     without = wish.changed(blend=str(blend.without(concept)), count=1)

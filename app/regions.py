@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,15 +17,17 @@ from app.components import line
 from app.drawing import Sessions, wish_of
 from app.masks import write_mask
 from app.preview import montage
-from app.speak import plain, spoken
+from app.speak import said, spoken
 from app.studio import GPU, QUIET, Studio
 from app.words import WORDS
-from share_diffusion.blend import Blend, Region
+from share_diffusion.blend import Blend, Region, Term
 
 LAYERS = 3
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44")
 SIDE = 512
 SOFT = 0.05
+PAINTED = "painted"
+OURS = re.compile(rf"{PAINTED}\d+")
 
 
 def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
@@ -67,9 +70,7 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
 
     @spoken
     def work(request: gr.Request, painting: Any, *values: Any) -> Iterator[Any]:
-        wish = wish_of(engine, values[LAYERS:])
-        blend, masks = painted(painting, values[:LAYERS], wish.blend)
-        wish = wish.changed(blend=blend, masks=masks, count=1)
+        wish = wish_of(engine, values[LAYERS:], lambda blend: painted(painting, values[:LAYERS], blend)).changed(count=1)
         stop = sessions.begin(request)
         yield {place.meter: {"text": WORDS.waiting}, draw: off(), place.stop: on()}
         try:
@@ -83,7 +84,7 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
                     yield {place.meter: now, **({picture: montage(frame.previews)} if frame.previews else {})}
         except Exception as error:
             stopped = stop.is_set() and not isinstance(error, ValueError)
-            text = WORDS.stopped if stopped else plain(str(error)) if isinstance(error, ValueError) else WORDS.unexpected
+            text = WORDS.stopped if stopped else said(error)
             yield {place.meter: {"text": text}, draw: on(), place.stop: off()}
             if not stopped:
                 raise
@@ -115,19 +116,38 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
 
 
 def painted(painting: Any, chosen: tuple[str | None, ...], written: str) -> tuple[str, dict[str, str]]:
-    """Return the blend with each painted layer's concept bound to its region, and the regions as masks."""
-    layers = list((painting or {}).get("layers") or [])
-    blend, masks = Blend.parse(written), {}
+    """Return the blend with each painted concept bound to its region, and the regions as masks.
+
+    What was painted here before counts no more; layers of one concept are one region.
+    """
+    blend = Blend.parse(written)
     if lost := [name for name in chosen if name and name not in blend.names]:
         raise ValueError(f"{lost[0]!r} is not in the blend; add it under Draw first")
-    for index, (layer, name) in enumerate(zip(layers, chosen, strict=False)):
-        mask = np.asarray(layer)[..., 3] > 0
-        if not name or not mask.any():
-            continue
-        region = f"painted{index + 1}"
-        masks[region] = write_mask(Image.fromarray((mask * 255).astype(np.uint8)))
-        terms = [replace(term, region=Region(mask=region, soft=SOFT)) if term.name == name else term for term in blend.terms]
-        blend = Blend(terms, blend.method)
-    if not masks:
+    found = areas(list((painting or {}).get("layers") or []), chosen)
+    if not found:
         raise ValueError("no region is painted yet; choose a concept for a layer and paint on it")
-    return str(blend), masks
+    names = {concept: f"{PAINTED}{number}" for number, concept in enumerate(found, 1)}
+    terms = [bound(term, names.get(term.name)) for term in blend.terms]
+    keys = [(term.name, term.options) for term in terms]
+    if twice := [name for name, options in keys if keys.count((name, options)) > 1]:
+        raise ValueError(WORDS.region_twice(twice[0]))
+    masks = {names[concept]: write_mask(Image.fromarray((area * 255).astype(np.uint8))) for concept, area in found.items()}
+    return str(Blend(terms, blend.method)), masks
+
+
+def areas(layers: list[Any], chosen: tuple[str | None, ...]) -> dict[str, Any]:
+    """Return where each chosen concept is painted, (height, width) of truth values."""
+    found: dict[str, Any] = {}
+    for layer, name in zip(layers, chosen, strict=False):
+        area = np.asarray(layer)[..., 3] > 0
+        if name and area.any():
+            found[name] = found[name] | area if name in found else area
+    return found
+
+
+def bound(term: Term, region: str | None) -> Term:
+    """Return a term bound to a painted region, or free of the one that it was bound to here before."""
+    if region is not None:
+        return replace(term, region=Region(mask=region, soft=SOFT))
+    before = term.region is not None and OURS.fullmatch(term.region.mask or "") is not None
+    return replace(term, region=None) if before else term

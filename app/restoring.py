@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from app import mix
 from app.components import line, table
-from app.drawing import wish_of
+from app.drawing import form_of
 from app.shelf import shelf_of
 from app.speak import spoken
 from app.studio import QUIET, Canvas, Library, Studio
 from app.wish import Wish, restored
 from app.words import WORDS
 from share_diffusion.drawing import read_settings
+from share_diffusion.pictures import MAX_PIXELS
 
 COMPARED = (
     ("prompt", WORDS.prompt),
@@ -71,7 +73,9 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
     def propose(settings: dict[str, Any], form: tuple[Any, ...]) -> tuple[Any, ...]:
         if not settings:
             return gr.Accordion(open=True), none(), WORDS.restore_none, hidden(), hidden(), None
-        now = wish_of(engine, form)
+        if "cells" in settings and "blend" not in settings:
+            return gr.Accordion(open=True), none(), WORDS.restore_sheet, hidden(), hidden(), None
+        now = form_of(engine, form)
         then, notes = restored(settings, now, engine.limits, list(engine.cards))
         rows = changes_of(now, then)
         if not rows:
@@ -127,13 +131,15 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
 
 
 def settings_of(path: str) -> dict[str, Any]:
-    """Return the settings inside an uploaded PNG; whatever is not one has none."""
+    """Return the settings inside an uploaded PNG; whatever is not one has none, and one that is too large is a ValueError."""
     try:
         with Path(path).open("rb") as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":
                 return {}
         return read_settings(path)
-    except (OSError, SyntaxError, ValueError):
+    except Image.DecompressionBombError:
+        raise ValueError(f"that picture has more than {MAX_PIXELS:,} pixels; drop one that was drawn here") from None
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return {}
 
 

@@ -8,6 +8,7 @@ here; everything uploaded lies in a private folder that goes with the settings b
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 ADDRESS = "127.0.0.1"
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
+HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.ASCII)
 UPLOAD = "20mb"
 QUEUE = 16
 SECURITY_HEADERS = (
@@ -29,11 +30,14 @@ SECURITY_HEADERS = (
 
 
 class Guard:
-    """ASGI middleware: 403 for a foreign Host or Origin, on every route and for websockets."""
+    """ASGI middleware: 403 for a foreign Host or Origin, on every route and for websockets.
 
-    def __init__(self, app: Any, port: int) -> None:
+    The port may be any, since an ssh tunnel has one of its own: a page elsewhere cannot make a browser say that it asks
+    for this machine's name. An Origin is a page, and the only one that may ask is the page at the very Host that is asked.
+    """
+
+    def __init__(self, app: Any) -> None:
         self.app = app
-        self.hosts = {f"{host}:{port}" for host in HOSTS} | ({*HOSTS} if port == 80 else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -47,7 +51,7 @@ class Guard:
         """Tell whether a request comes from this page; programs send no Origin."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        return host in self.hosts and (not origin or origin in {f"http://{name}" for name in self.hosts})
+        return HOST.fullmatch(host) is not None and origin in ("", f"http://{host}")
 
     def sealed(self, send: Send) -> Send:
         """Return `send` with the headers that keep other sites' pages out."""
@@ -76,8 +80,11 @@ def prepare(folder: Path) -> None:
     if os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true"):
         raise ValueError("GRADIO_SHARE is set; this page is never shared over the internet: unset GRADIO_SHARE")
     uploads = folder / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
-    uploads.chmod(0o700)
+    try:
+        uploads.mkdir(parents=True, exist_ok=True)
+        uploads.chmod(0o700)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {uploads} ({error.strerror}); choose another --output_dir") from None
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -109,7 +116,7 @@ def launch_settings(port: int, served: Sequence[Path]) -> dict[str, Any]:
         "blocked_paths": blocked(served),
         "footer_links": ["api", "settings"],
         "app_kwargs": {
-            "middleware": [Middleware(Guard, port=port)],
+            "middleware": [Middleware(Guard)],
             "docs_url": None,
             "redoc_url": None,
             "openapi_url": None,

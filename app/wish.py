@@ -112,33 +112,39 @@ def checked_value(name: str, value: Any, limits: Limits) -> Any:
         "width": (16, limits.most_side),
         "height": (16, limits.most_side),
     }
-    whole = number(name, value, *ranges[name])
+    least, most = ranges[name]
+    side = name in ("width", "height")
+    whole = number(name, value, least, most, "a multiple of 16 from " if side else "")
     if whole != int(whole):
         raise ValueError(f"{name} is {value}; it is a whole number")
-    if name in ("width", "height") and int(whole) % 16:
-        raise ValueError(f"{name} is {int(whole)}; it is a multiple of 16")
+    if side and int(whole) % 16:
+        raise ValueError(f"{name} is {int(whole)}; it is a multiple of 16 from {least:g} to {most:,.0f}")
     return int(whole)
 
 
 def checked_text(name: str, value: Any, limits: Limits) -> str:
-    """Return a text without control characters, or raise ValueError."""
+    """Return a text that can be read and written, or raise ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {type(value).__name__}; it is text")
     if len(value) > limits.text:
         raise ValueError(f"{name} has {len(value):,} characters; at most {limits.text:,} are read")
     if "\0" in value:
         raise ValueError(f"{name} holds a NUL character; take it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character at place {error.start + 1}; take it out") from None
     return value
 
 
-def number(name: str, value: Any, least: float, most: float) -> float:
-    """Return a finite number in its range, or raise ValueError."""
+def number(name: str, value: Any, least: float, most: float, note: str = "") -> float:
+    """Return a finite number in its range, or raise ValueError; `note` says what else it is."""
     try:
         found = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or not least <= found <= most:
-        raise ValueError(f"{name} is {str(value)[:40]}; it is {least:g} to {most:,.0f}")
+        raise ValueError(f"{name} is {str(value)[:40]}; it is {note}{least:g} to {most:,.0f}")
     return found
 
 

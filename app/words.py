@@ -61,6 +61,11 @@ class Words:
         "accelerate launch train/sequence.py --concepts watercolor blueprint robot owl mosaic neon penguin embroidery"
         " — or teach your own under Learn."
     )
+
+    def gone(self, name: str) -> str:
+        """Say that the open file was moved or deleted."""
+        return f"The subspace file {name} is not there any more; put it back, or start again with another --subspace."
+
     previous = "Previous"
     next = "Next"
 
@@ -68,6 +73,7 @@ class Words:
     restore_file = "Drop a picture drawn here"
     restore_table = "What would change"
     restore_none = "There are no settings of this page in that picture."
+    restore_sheet = "That picture is a sheet of several; its cells are in the history, each with settings of its own."
     restore_same = "That picture has the settings that are set already."
     masks = "Painted regions"
     now = "Now"
@@ -87,6 +93,7 @@ class Words:
     tab_strip = "Strip"
     no_concept = "no concept"
     pair_concept = "With and without"
+    pair_choose = "No concept is chosen; choose one of the blend."
     pair_draw = "Draw both"
     pair_history = "Or any two from the history"
     pair_hint = "Click one, then another."
@@ -97,6 +104,7 @@ class Words:
     sweep_from = "From"
     sweep_to = "To"
     sweep_count = "Cells"
+    sweep_choose = "One side of the sweep changes nothing; choose a concept for it, or the seed."
     sweep_draw = "Draw the sweep"
     sweep_note = "Prompt, blend and settings are those under Draw. Every cell goes into the history with its own settings."
     strip_from = "From the blend"
@@ -115,9 +123,13 @@ class Words:
     region_canvas = "Paint where each concept acts"
     region_note = (
         "Each layer belongs to one concept of the blend: choose the layer in the painting's toolbar, paint where the concept "
-        "shall act, and draw. What is not painted for it stays without it."
+        "shall act, and draw. What is not painted for it stays without it. Only what is on the painting counts."
     )
     region_draw = "Draw with these regions"
+
+    def region_twice(self, name: str) -> str:
+        """Say that painting would make two terms of a concept the same."""
+        return f"{name!r} stands in the blend more than once; leave one of its terms under Draw, then paint"
 
     def region_layer(self, index: int) -> str:
         """Name a layer."""
@@ -142,8 +154,9 @@ class Words:
             f"A further concept costs {facts['per_concept_mean']:,.0f} bytes and the columns it adds. This file has "
             f"{facts['total']:,}; the same concepts as separate LoRAs of the same ranks have {facts['as_separate_loras']:,}."
         )
-        smaller = "the first concept" if many == 1 else f"{many:,} concepts"
-        return f"{text} The file is the smaller one from {smaller} on." if many else text
+        if not many:
+            return text
+        return f"{text} The file is the smaller one from {'the first concept' if many == 1 else f'{many:,} concepts'} on."
 
     def overlaps(self, one: str, other: str, cosine: float, advice: str) -> str:
         """Say before drawing that two concepts overlap."""

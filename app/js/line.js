@@ -2,6 +2,7 @@
 const paragraph = element.querySelector("p");
 function draw() {
   paragraph.textContent = props.value ?? "";
+  paragraph.classList.toggle("pointed", paragraph.textContent.includes("\n")); // a mark stands under a character
 }
 watch("value", draw);
 draw();

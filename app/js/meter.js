@@ -4,6 +4,7 @@ const bar = element.querySelector("progress");
 function draw() {
   const now = props.value ?? {};
   text.textContent = now.text ?? "";
+  text.classList.toggle("pointed", text.textContent.includes("\n")); // a mark stands under a character
   bar.hidden = !now.of;
   if (now.of) {
     bar.max = now.of;
