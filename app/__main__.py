@@ -10,6 +10,7 @@ from typing import Any
 
 from app.port import check_port, taken
 from app.security import ADDRESS, QUEUE, launch_settings, prepare
+from share_diffusion.commands.generate import device_flags
 
 FOLDER = "app"  # in the output folder: history, card pictures, uploads
 
@@ -21,7 +22,7 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where history and learned concepts go")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    device_flags(parser)
     parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
     return parser
 
@@ -45,7 +46,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = arguments.output_dir / FOLDER
     prepare(folder)
     from share_diffusion.base import usable
-    from share_diffusion.commands.generate import best_device
+    from share_diffusion.commands.generate import best_device, dtype_of
 
     device = usable(arguments.device or best_device())  # both are seen before the slow part
     from app.engine import open_engine
@@ -56,6 +57,7 @@ def serve(arguments: argparse.Namespace) -> None:
         arguments.subspace,
         folder,
         device=str(device),
+        dtype=dtype_of(arguments.precision),
         local_files_only=arguments.local_files_only,
     )
     end_on_signals()

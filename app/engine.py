@@ -369,11 +369,19 @@ class Engine:
         self.drawn += 1
 
 
-def open_engine(base: str, file: Path | None, folder: Path, *, device: str = "cpu", local_files_only: bool = False) -> Engine:
+def open_engine(
+    base: str,
+    file: Path | None,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool = False,
+) -> Engine:
     """Load the base and the subspace; without a file given, the one last learned here, else the ready-made one."""
     if file is not None and not file.is_file():
         raise ValueError(f"there is no subspace file {file}; learn one, or leave --subspace away")
-    pipeline = load_base(base, device=device, local_files_only=local_files_only)
+    pipeline = load_base(base, dtype=dtype, device=device, local_files_only=local_files_only)
     own = own_place(folder, base)
     ready = READY_MADE if base == "tiny" else None
     chosen = file or (own if own.is_file() else ready if ready and ready.is_file() else None)

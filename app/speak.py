@@ -17,7 +17,6 @@ from app.words import WORDS
 PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\":;,()]+[/\\])+([^\s/\\'\":;,()]*)")
 POINTED = re.compile(r"\n  (?P<text>.*)\n  (?P<gap> *)\^", re.DOTALL)  # as the blend's reader writes it
 WIDTH = 48  # characters that a notice holds in one line
-MARKUP = re.compile(r"([\\`*_\[\]()!#|~])")
 log = logging.getLogger("app")
 
 
@@ -32,11 +31,6 @@ def narrowed(match: re.Match[str]) -> str:
     start = max(0, min(place - WIDTH // 2, len(text) - WIDTH + 1)) if len(text) >= WIDTH else 0
     before, after = "…" if start else "", "…" if start + WIDTH - 1 < len(text) else ""
     return f"\n  {before}{text[start : start + WIDTH - 1]}{after}\n  {' ' * (place - start + len(before))}^"
-
-
-def shown(text: str) -> str:
-    """Return a message safe for a notice, which Gradio renders as HTML and Markdown."""
-    return html.escape(MARKUP.sub(r"\\\1", plain(text)), quote=False).replace("\n", "<br>")
 
 
 def said(error: BaseException) -> str:
