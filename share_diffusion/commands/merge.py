@@ -106,13 +106,14 @@ def base_of(arguments: argparse.Namespace) -> str | None:
 def distilled(arguments: argparse.Namespace, pipeline: Any, subspace: Any, found: list[Any], own: list[str]) -> Any:
     """Return the subspace with every LoRA learned again in it, one after the other."""
     from share_diffusion.account import Account
+    from share_diffusion.base import usable
     from share_diffusion.distil import Distillation, default_prompts, distil
     from share_diffusion.intake import about, read_all, refuse_taken
     from share_diffusion.learning import freeze
 
     settings = Distillation(arguments.distil_steps, pseudo_rank=arguments.distil_rank, directions=arguments.distil_directions)
     refuse_taken(subspace, found)
-    pipeline.to(arguments.device or "cpu")
+    pipeline.to(usable(arguments.device or "cpu"))
     freeze(pipeline)
     for source, lora in read_all(subspace, found, account := Account()):
         facts = about(source, lora)
