@@ -14,6 +14,8 @@ from share_diffusion.models.identity import identify
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.subspace import Origin, Subspace
 
+DRAW = ("generate", "--prompt", "a cat")
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
@@ -141,19 +143,7 @@ def test_a_device_that_is_not_there_is_told_with_those_that_are(tmp_path, capsys
 
 
 def test_a_base_in_half_precision_draws_nearly_the_same(file, tmp_path):
-    words = [
-        "generate",
-        "--subspace",
-        str(file),
-        "--prompt",
-        "a cat",
-        "--blend",
-        "robot:0.2",
-        "--steps",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    words = [*DRAW, "--subspace", str(file), "--blend", "robot:0.2", "--steps", "2", "--device", "cpu"]
     for precision in ("float32", "bfloat16"):
         assert main([*words, "--precision", precision, "--output", str(tmp_path / f"{precision}.png")]) == 0
     full, half = (torch.tensor(list(Image.open(tmp_path / f"{name}.png").tobytes())) for name in ("float32", "bfloat16"))
@@ -161,18 +151,7 @@ def test_a_base_in_half_precision_draws_nearly_the_same(file, tmp_path):
 
 
 def test_one_concept_goes_into_one_region(file, capsys):
-    words = [
-        "generate",
-        "--subspace",
-        str(file),
-        "--prompt",
-        "a cat",
-        "--blend",
-        "robot",
-        "--regions",
-        "robot=left",
-        "robot=right",
-    ]
+    words = [*DRAW, "--subspace", str(file), "--blend", "robot", "--regions", "robot=left", "robot=right"]
     assert main(words) == 1
     assert "--regions names 'robot' twice" in capsys.readouterr().err
 
@@ -180,7 +159,7 @@ def test_one_concept_goes_into_one_region(file, capsys):
 def test_a_mask_of_a_monstrous_size_is_refused(file, tmp_path, capsys, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "m.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    words = ["generate", "--subspace", str(file), "--prompt", "a cat", "--blend", "robot", "--regions", "robot=@m"]
+    words = [*DRAW, "--subspace", str(file), "--blend", "robot", "--regions", "robot=@m"]
     assert main([*words, "--masks", f"m={tmp_path / 'm.png'}", "--output", str(tmp_path / "x.png")]) == 1
     assert "no picture of a usable size" in capsys.readouterr().err
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from ranges import COUNT, WHOLE, Rule, is_count, out_of_range
+from status import exit_status
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -437,19 +438,14 @@ def check(settings: BaseSettings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; what the user can mend is one message and exit status 1."""
+    """Run from the command line."""
     settings = parse(BaseSettings, argv, description="Train the embedded base from scratch.")
-    try:
-        check(settings)
-        train_all(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: train_all(settings))
 
 
 def train_all(settings: BaseSettings) -> None:
-    """Run the stages that are asked for, in order."""
+    """Run the stages that are asked for, in order; ValueError where one cannot be run."""
+    check(settings)
     torch.set_num_threads(settings.threads)
     work = Path(settings.work_dir)
     work.mkdir(parents=True, exist_ok=True)

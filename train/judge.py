@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFilter
 from ranges import COUNT, MOST, WHOLE, Rule, is_count, out_of_range
+from status import exit_status
 from torch import Tensor
 from tqdm import tqdm
 
@@ -454,20 +455,20 @@ def run_gates(settings: JudgeSettings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; what the user can mend is one message and exit status 1."""
+    """Run from the command line."""
     settings = parse(JudgeSettings, argv, description="Train the judge of the picture world, or let it judge a base.")
-    try:
-        if problems := out_of_range(settings, RULES):
-            raise ValueError("; ".join(problems))
-        torch.set_num_threads(settings.threads)
-        if settings.gates:
-            run_gates(settings)
-        else:
-            train_and_measure(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: judge(settings))
+
+
+def judge(settings: JudgeSettings) -> None:
+    """Do what is asked for; ValueError with every number that is out of its range."""
+    if problems := out_of_range(settings, RULES):
+        raise ValueError("; ".join(problems))
+    torch.set_num_threads(settings.threads)
+    if settings.gates:
+        run_gates(settings)
+    else:
+        train_and_measure(settings)
 
 
 def train_and_measure(settings: JudgeSettings) -> None:
