@@ -233,7 +233,7 @@ def ablations(found: Study, concluded: Mapping[str, str]) -> str:
                 if (row := ablation_row(found, beside, reached(found, name), label)) not in known:
                     known.append(row)
             known.append(ablation_row(found, name, reached(found, name), methods[name].get("about", name)))
-        head = "| variant | concepts | score | forgetting | judge | numbers in all | a further concept |"
+        head = "| variant | concepts | score | forgetting | judge | bytes in all | bytes of a further concept |"
         lines = [f"### {title}", "", head, "|---|" + "---|" * 6, *(row for row in known if row)]
         out.append("\n".join([*lines, "", concluded[title]] if title in concluded else lines))
     about = "Order 0, seed 0, no deviation known; pictures are 16 a concept, told as a share of the own LoRAs'."
@@ -285,7 +285,12 @@ def ablation_row(found: Study, name: str, last: int, about: str) -> str:
     end: Row = one.rows[last, one.names[last - 1]]
     if score is None:
         return ""
-    cells = (f"{score:.3f}", shown(lost, 4), shown(pictures, 3), count(end["numbers"]), count(end["concept_numbers"]))
+    cells = (
+        f"{score:.3f}",
+        shown(lost, 4),
+        shown(pictures, 3),
+        *(count(2 * end[key]) for key in ("numbers", "concept_numbers")),
+    )
     return f"| {about} | {last} | {' | '.join(cells)} |"
 
 
