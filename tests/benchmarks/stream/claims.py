@@ -106,7 +106,7 @@ def line(row: tuple[str, float | None, str, float]) -> str:
 def claims(study: Study, lines: Lines, weights: Found | None = None) -> str:
     """Return the paper's claims with a yes or no and the figure, for its own recipe and for Share here."""
     rows: list[tuple[str, str, str, str]] = []
-    for name in ("paper", "share"):
+    for name in ("paper", "paper_tuned", "share"):
         if name not in lines or "own_lora" not in lines:
             continue
         ours = lines[name]
