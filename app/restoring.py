@@ -139,7 +139,7 @@ def settings_of(path: str) -> dict[str, Any]:
         return read_settings(path)
     except Image.DecompressionBombError:
         raise ValueError(f"that picture has more than {MAX_PIXELS:,} pixels; drop one that was drawn here") from None
-    except (OSError, SyntaxError, ValueError, RecursionError):
+    except (OSError, SyntaxError, ValueError):
         return {}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from share_diffusion.attached import Attached
 from share_diffusion.captions import without_trigger
 from share_diffusion.layer import Update
-from share_diffusion.learning import Frozen, fast_attention, recomputes
+from share_diffusion.learning import Frozen, fast_attention
 from share_diffusion.objective import Draw, add_noise, step_generator
 from share_diffusion.picture_set import PictureSet
 from share_diffusion.subspace import Subspace
@@ -66,7 +66,7 @@ class Preservation:
         noise, times = drawn.noise.to(device), drawn.times.to(device)
         noisy = add_noise(self.pipeline, self.pictures.latents_of(drawn, device), noise, times)
         told = self.pictures.conditions_of(replace(drawn, captions=witness.prompts), device)
-        with fast_attention(device, device.type == "cpu" and recomputes(self.pipeline)):
+        with fast_attention(device, self.pipeline):
             self.attached.set({path: (update,) for path, update in witness.updates.items()})
             with torch.no_grad():
                 wanted = self.frozen(noisy, times, told).float()

@@ -175,18 +175,18 @@ def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
     wanted += [(Path(settings.cache_dir), "--cache_dir")] if settings.cache_dir else []
     problems = []
     for place, asked in wanted:
-        present = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-        if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
-            problems.append(f"cannot write to {present}, where {place} would be; choose another {asked}")
-    if settings.with_prior_preservation and settings.class_data_dir and not is_folder_or_free(Path(settings.class_data_dir)):
+        there = nearest(place)
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            problems.append(f"cannot write to {there}, where {place} would be; choose another {asked}")
+    if settings.with_prior_preservation and settings.class_data_dir and not nearest(Path(settings.class_data_dir)).is_dir():
         problems.append(f"--class_data_dir {settings.class_data_dir} is no folder; give the folder of the class's pictures")
     refuse(problems)
     return folder, file
 
 
-def is_folder_or_free(place: Path) -> bool:
-    """Tell whether a path is a folder, or could be made one."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists()).is_dir()
+def nearest(place: Path) -> Path:
+    """Return the place, or the nearest of what it lies in, that is there."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
 def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:

@@ -84,9 +84,3 @@ def planned(path: Path, format: str, title: str) -> list[Path]:
     if format in SINGLE:
         return [path, *([path.with_suffix(".json"), path.with_suffix(".png")] if format != "checkpoint" else [])]
     return own_files(path, safe_name(title)) if format == "comfyui" else [path]
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise ValueError with all problems, if there are any."""
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -21,7 +21,6 @@ from share_diffusion.export.asked import (
     name_problems,
     place_problems,
     planned,
-    refuse,
     request_problems,
     titled,
 )
@@ -38,7 +37,7 @@ from share_diffusion.export.weighted import Weighted, cores_of, weighted
 from share_diffusion.export.whole import in_the_way, require_room, staged
 from share_diffusion.lora import LoRA
 from share_diffusion.lora.peft import write_peft
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import Subspace, refuse
 
 __all__ = ["FORMATS", "SINGLE", "Exported", "export"]
 

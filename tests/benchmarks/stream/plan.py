@@ -21,6 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from share_diffusion.recipe import read_recipe_file
+
 NOT_IN_DIGEST = "kind orders seeds stop judge table beside weights scales pictures about"
 CONCEPTS = Path(__file__).resolve().parents[3] / "configs/concepts"
 METHOD_KEYS = set(NOT_IN_DIGEST.split())
@@ -119,7 +121,7 @@ def read_plan(path: Path) -> Plan:
 def kind_of(concept: str) -> str:
     """Return whether a concept is a style or a subject, as its file says; empty where there is none."""
     file = CONCEPTS / f"{concept}.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8"))["kind"] if file.exists() else ""
+    return read_recipe_file(file)["kind"] if file.exists() else ""
 
 
 def frozen(values: Mapping[str, Any]) -> dict[str, Any]:

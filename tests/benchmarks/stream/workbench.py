@@ -42,7 +42,7 @@ from share_diffusion.recipe import read_recipe_file
 from share_diffusion.subspace import Subspace
 from share_diffusion.world.render import PLACES, Rendering, render, render_folder, sample_character
 from share_diffusion.world.scene import BACKGROUNDS, sample_scene
-from stream.plan import Plan
+from stream.plan import CONCEPTS, Plan
 
 ROOT = Path(__file__).resolve().parents[3]
 HELD_OUT, ASKED = 9_001, 9_002  # seeds of the pictures for losses and of the prompts for the judge
@@ -99,7 +99,7 @@ class Workbench:
 
     def dataset(self, concept: str) -> Dataset:
         """Return a concept's training pictures and captions, the ones that its concept file describes."""
-        recipe = read_recipe_file(ROOT / "configs/concepts" / f"{concept}.toml")
+        recipe = read_recipe_file(CONCEPTS / f"{concept}.toml")
         data, place = recipe["data"], self.folder / "data" / concept
         if not place.exists():
             render_folder(data["world"], place, data["pictures"], data["seed"], data["caption"])
@@ -289,7 +289,7 @@ def fingerprint(lora: LoRA | None) -> str:
 @cache
 def unseen(concept: str, count: int, seed: int) -> list[tuple[Rendering, str]]:
     """Return pictures with captions of a concept where it was not shown: held-out combinations, or the other places."""
-    recipe = read_recipe_file(ROOT / "configs/concepts" / f"{concept}.toml")
+    recipe = read_recipe_file(CONCEPTS / f"{concept}.toml")
     world, places = recipe["data"]["world"], PLACES.get(recipe["data"]["world"])
     made = []
     for index in range(count):
@@ -311,7 +311,7 @@ def judged(judge: Judge, pictures: Sequence[Image.Image], asked: Sequence[Render
     tensors = torch.stack([to_tensor(picture) for picture in pictures])
     labels = judge(tensors.nan_to_num())
     style = asked[0].style != "plain"
-    head, wanted = ("style" if style else "subject"), read_recipe_file(ROOT / "configs/concepts" / f"{concept}.toml")
+    head, wanted = ("style" if style else "subject"), read_recipe_file(CONCEPTS / f"{concept}.toml")
     heads = ("subject", "colour", "background") if style else ("background",)
     hits = [labels[name][index] == getattr(rendering.scene, name) for name in heads for index, rendering in enumerate(asked)]
     broken = ~torch.isfinite(tensors).all(dim=(1, 2, 3)) | (tensors.std(dim=(1, 2, 3)) < BLANK)
