@@ -33,8 +33,12 @@ def wire_remember(studio: Studio, saved: gr.BrowserState) -> None:
 
 
 def form_from(saved: Any, engine: Any) -> tuple[dict[str, Any], mix.Mixer]:
-    """Return the sound part of a saved form, and the mixer's value for its blend."""
+    """Return the sound part of a saved form that a new page does not show already, and the mixer's value for its blend.
+
+    What equals the new page's own value is left out: setting it again would undo what a quick hand has typed meanwhile.
+    """
     values, _ = checked(saved if isinstance(saved, dict) else {}, engine.limits)
+    values = {name: value for name, value in values.items() if value != getattr(engine.start, name)}
     try:
         return values, mix.mixer_of(values.get("blend", ""))
     except ValueError:

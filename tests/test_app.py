@@ -462,7 +462,7 @@ def test_reports_are_looked_for_only_where_training_writes_them(tmp_path):
 
 def test_what_the_browser_kept_is_checked(tmp_path):
     class Engine:
-        limits = LIMITS
+        limits, start = LIMITS, Wish()
 
     values, mixer = form_from({"prompt": "a", "steps": 10**9, "blend": "robot:1[steps=", "seed": "x", "strange": 1}, Engine())
     assert values == {"prompt": "a", "blend": ""}

@@ -106,6 +106,14 @@ def test_a_remembered_form_with_such_a_number_keeps_the_rest():
     assert form_from({"prompt": "a", "seed": 10**400}, ENGINE)[0] == {"prompt": "a"}
 
 
+def test_a_remembered_form_leaves_alone_what_a_new_page_shows_already():
+    """A page that has just opened may be typed into before the form comes back; it must not set defaults over that."""
+    start = ENGINE.start
+    same = {name: getattr(start, name) for name in ("prompt", "seed", "count", "steps", "guidance_scale", "sampler", "width")}
+    assert form_from(same, ENGINE)[0] == {}
+    assert form_from({**same, "steps": start.steps + 1}, ENGINE)[0] == {"steps": start.steps + 1}
+
+
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "blend"])
 def test_half_a_character_is_refused_in_words(field):
     with pytest.raises(ValueError, match=f"{field} holds half a character at place 3"):

@@ -31,12 +31,26 @@ def holds(view, where, wanted):
     view.wait_for_function("([where, wanted]) => document.querySelector(where)?.value === wanted", arg=[where, wanted])
 
 
+FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
 def quick(view, steps=4):
-    """Ask for few steps, so that a test is short."""
+    """Ask for few steps, so that a test is short.
+
+    The fields are made when their fold opens, and a slider sets its own first value once more a moment after it is there;
+    no hand is that quick, a test is.
+    """
     view.locator("#more > button").click()
     field = view.locator("#steps input[type=number]")
-    field.fill(str(steps))
-    field.press("Enter")
+    field.wait_for()
+    for _ in range(20):
+        view.evaluate(FRAMES)
+        field.fill(str(steps))
+        field.press("Enter")
+        view.evaluate(FRAMES)
+        if field.input_value() == str(steps):
+            return
+    pytest.fail(f"the steps stay at {field.input_value()}")
 
 
 def add(view, name):
