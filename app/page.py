@@ -83,7 +83,10 @@ def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Stud
         shown, number, text = history_of(engine, 0)
         filled: dict[Any, Any] = {component: values[name] for name, component in studio.fields.items() if name in values}
         filled |= dict(zip(heads, (*cards, headline(engine)), strict=True))
-        filled |= {**({studio.mixer: mixer} if "blend" in values else {}), **({stage.meter: {"text": problem}} if problem else {})}
+        if "blend" in values:
+            filled[studio.mixer] = mixer
+        if problem:
+            filled[stage.meter] = {"text": problem}
         filled |= {stage.history: shown, stage.history_page: number, stage.history_line: text}
         if shown["tiles"]:
             filled[stage.picture] = str(engine.history.path(shown["tiles"][0]["id"]))
