@@ -18,7 +18,6 @@ from torch import Tensor
 from share_diffusion.models import family_of
 
 BATCH = 16
-LONGEST_NAME = 230  # bytes of a file's name: most file systems take 255, and a file in the making has a longer one
 
 
 @dataclass(frozen=True)
@@ -145,21 +144,6 @@ def save_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> N
         with suppress(OSError):  # the place may be no folder at all
             part.unlink()
         raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
-
-
-def place_problem(path: str | os.PathLike[str]) -> str | None:
-    """Return why a file cannot be written here, as far as can be told before there is anything to write, or None."""
-    target = Path(path).absolute()
-    if target.is_dir():
-        return f"{path} is a folder; give a file's name in it"
-    above = next(folder for folder in target.parents if os.path.lexists(folder))
-    if not above.is_dir():
-        return f"{path} cannot be written: {above} is no folder; choose another place"
-    if not os.access(above, os.W_OK):
-        return f"{path} cannot be written: {above} is not yours to write in; choose another place"
-    if len(os.fsencode(target.name)) > LONGEST_NAME:
-        return f"{path} cannot be written: its name has {len(os.fsencode(target.name))} bytes, at most {LONGEST_NAME}"
-    return None
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

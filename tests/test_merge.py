@@ -7,128 +7,42 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merging import (
+    ALL,
+    DERIVED,
+    ONE,
+    ROUNDING,
+    SHAPES,
+    Shape,
+    angle,
+    apart,
+    changed,
+    correlated,
+    dense,
+    draw,
+    error,
+    moments,
+    one_by_one,
+    only,
+    refusal,
+    same_concept,
+    stored_bytes,
+    truths,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from share_diffusion import container
-from share_diffusion.basis import Basis
-from share_diffusion.capacity import Candidates, Capacity, choose, parse_bytes, prices
+from share_diffusion.capacity import Capacity
 from share_diffusion.concept import check_name
-from share_diffusion.file import pack
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.merge import SWEEPS
-from share_diffusion.subspace import Origin, Subspace
-
-Shape = tuple[int, int, tuple[int, int] | None]
-SHAPES: dict[str, Shape] = {
-    "text_encoder.c": (12, 10, None),
-    "unet.a": (20, 12, None),
-    "unet.b": (10, 18, (3, 3)),
-    "unet.z": (14, 14, None),
-}
-ONE: dict[str, Shape] = {"unet.a": (20, 12, None)}
-ALL = Capacity(retain=None)
-SLACK = 3500  # bytes that a budget leaves for a base's name and weights and for what concepts tell; three concepts here do not
-ROUNDING = 1e-6  # of float32 coefficients and bases, as a share of energy
-
-
-def draw(seed: int, shapes: Mapping[str, Shape] = SHAPES, rank: int = 2, scale: float = 1.0) -> LoRA:
-    """A random LoRA."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pair(out: int, width: int, kernel: tuple[int, int] | None) -> Factors:
-        up = torch.randn(out, rank, generator=generator, dtype=torch.float64) / out**0.5
-        return Factors(scale * up, torch.randn(rank, width, generator=generator, dtype=torch.float64), kernel)
-
-    return LoRA({layer: pair(*shape) for layer, shape in shapes.items()})
-
-
-def only(matrix: Tensor, layer: str = "unet.a") -> LoRA:
-    """The LoRA of one dense update."""
-    return LoRA({layer: Factors(matrix.double(), torch.eye(matrix.shape[1], dtype=torch.float64))})
-
-
-def changed(lora: LoRA, change: Callable[[Factors], tuple[Tensor, Tensor]]) -> LoRA:
-    """The LoRA with other factors."""
-    return LoRA({layer: Factors(*change(entry), entry.kernel) for layer, entry in lora.layers.items()})
-
-
-def dense(lora: LoRA, layer: str) -> Tensor | float:
-    """dW of a layer, 0 where there is none."""
-    entry = lora.layers.get(layer)
-    return 0.0 if entry is None else entry.up.double() @ entry.down.double()
-
-
-def truths(subspace: Subspace, name: str, lora: LoRA) -> tuple[float, float]:
-    """The share of a concept's energy that is held, once by what is lost and once by what is there."""
-    held = subspace.lora(name)
-    lost = sum(float((dense(lora, layer) - dense(held, layer)).square().sum()) for layer in lora.layers)
-    there = sum(float(torch.as_tensor(dense(held, layer)).square().sum()) for layer in lora.layers)
-    return max(0.0, 1 - lost / lora.norm**2), there / lora.norm**2
-
-
-def error(subspace: Subspace, name: str, lora: LoRA) -> float:
-    """||dW - held|| / ||dW|| over all layers."""
-    return math.sqrt(1 - truths(subspace, name, lora)[0])
-
-
-def moments(loras: Iterable[LoRA], layer: str) -> tuple[Tensor, Tensor]:
-    """The dense second moments of a layer's two sides (alpha, beta), every concept weighing 1 / ||dW||."""
-    updates = [dense(lora, layer) / lora.norm for lora in loras if layer in lora.layers]
-    return sum(update.T @ update for update in updates), sum(update @ update.T for update in updates)  # type: ignore
-
-
-def one_by_one(loras: Mapping[str, LoRA], capacity: Capacity | None = None) -> Subspace:
-    """The subspace after a merge of every LoRA in turn."""
-    subspace = Subspace()
-    for name, lora in loras.items():
-        subspace = subspace.merge({name: lora}, capacity=capacity)
-    return subspace
-
-
-def angle(one: Tensor, other: Tensor) -> float:
-    """The largest principal angle between two column spaces of equal rank (1 where the ranks differ)."""
-    if one.shape[1] != other.shape[1]:
-        return 1.0
-    rest = one.double() - other.double() @ (other.double().T @ one.double())
-    return float(torch.linalg.matrix_norm(rest, 2)) if one.numel() else 0.0
-
-
-def apart(one: Subspace, other: Subspace) -> float:
-    """The largest principal angle between two subspaces over all layers and sides."""
-    assert one.layers.keys() == other.layers.keys()
-    pairs = [(basis, other.layers[layer]) for layer, basis in one.layers.items()]
-    return max(max(angle(a.alpha, b.alpha), angle(a.beta, b.beta)) for a, b in pairs)
-
-
-def same_concept(one: Subspace, other: Subspace, name: str) -> bool:
-    """Whether a concept's coefficients and the columns they belong to are the same bits."""
-    ours, theirs = one[name], other[name]
-    return (ours.norm, ours.retention, ours.coefficients.keys()) == (
-        theirs.norm,
-        theirs.retention,
-        theirs.coefficients.keys(),
-    ) and all(
-        torch.equal(entry.alpha, theirs.coefficients[layer].alpha)
-        and torch.equal(entry.beta, theirs.coefficients[layer].beta)
-        and torch.equal(one.layers[layer].alpha[:, : len(entry.alpha)], other.layers[layer].alpha[:, : len(entry.alpha)])
-        and torch.equal(one.layers[layer].beta[:, : len(entry.beta)], other.layers[layer].beta[:, : len(entry.beta)])
-        for layer, entry in ours.coefficients.items()
-    )
-
-
-def refusal(action: Callable[[], object]) -> str:
-    """The message of the ValueError that an action must raise."""
-    with pytest.raises(ValueError) as caught:
-        action()
-    return str(caught.value)
-
+from share_diffusion.subspace import Subspace
 
 # Nothing truncated
 
@@ -306,24 +220,6 @@ def test_a_smaller_pseudo_rank_loses_the_singular_values_left_out() -> None:
 
 
 # Many truncating merges
-
-
-def correlated(seed: int, count: int, strength: float) -> dict[str, LoRA]:
-    """A stream in which every concept repeats a part of the one before."""
-    stream: dict[str, LoRA] = {}
-    for i in range(count):
-        fresh = draw(seed * 100 + i, {layer: SHAPES[layer] for layer in ("unet.a", "unet.b")}, scale=3.0 ** (i % 3))
-        last = next(reversed(stream.values())) if stream else fresh
-        layers = {
-            layer: Factors(
-                torch.cat([entry.up, strength * last.layers[layer].up[:, -2:]], 1),
-                torch.cat([entry.down, last.layers[layer].down[-2:]]),
-                entry.kernel,
-            )
-            for layer, entry in fresh.layers.items()
-        }
-        stream[f"c{i}"] = LoRA(layers)
-    return stream
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0, -0.8])
@@ -575,309 +471,6 @@ def test_a_name_that_no_blend_or_file_could_hold_is_refused(name: str, words: st
 )
 def test_a_capacity_outside_its_range_is_refused(limits: dict, words: str) -> None:
     assert words in refusal(lambda: Capacity(**limits))
-
-
-# Capacity
-
-
-@pytest.mark.parametrize("retain", [0.5, 0.9, 0.99, 0.999, 1.0])
-def test_every_new_concept_keeps_the_asked_share(retain: float) -> None:
-    subspace = Subspace()
-    for i in range(3):
-        loras = {f"{i}/{j}".replace("/", "-"): draw(10 * i + j, rank=6, scale=7.0**j) for j in range(2)}
-        subspace = subspace.merge(loras, capacity=Capacity(retain=retain))
-        for name, lora in loras.items():
-            assert subspace[name].retention >= retain - ROUNDING
-            assert truths(subspace, name, lora)[0] >= retain - ROUNDING
-
-
-def test_the_default_keeps_999_thousandths() -> None:
-    assert Capacity() == Capacity(retain=0.999, rank=None, budget=None)
-    spectrum = 0.5 ** torch.arange(10.0)
-    subspace = Subspace.fit({"a": only(spectrum.diag())})
-    share = spectrum.square().cumsum(0) / spectrum.square().sum()
-    assert subspace.layers["unet.a"].rank == (int((share < 0.999).sum()) + 1,) * 2
-
-
-@pytest.mark.parametrize("retain", [0.3, 0.6, 0.8, 0.95])
-def test_the_asked_share_is_reached_with_the_fewest_numbers(retain: float) -> None:
-    """Against every choice of ranks for two square layers of one concept."""
-    spectra = [0.6 ** torch.arange(8.0), 0.4 * 0.9 ** torch.arange(6.0)]
-    lora = LoRA({f"unet.{i}": only(spectrum.diag()).layers["unet.a"] for i, spectrum in enumerate(spectra)})
-    energies = [torch.cat([torch.zeros(1), spectrum.square().cumsum(0)]) for spectrum in spectra]
-    total = sum(float(energy[-1]) for energy in energies)
-    enough = [2 * (8 * i + 6 * j) for i in range(9) for j in range(7) if energies[0][i] + energies[1][j] >= retain * total]
-    subspace = Subspace.fit({"a": lora}, capacity=Capacity(retain=retain))
-    used = sum(basis.alpha.numel() + basis.beta.numel() for basis in subspace.layers.values())
-    assert min(enough) <= used <= min(enough) + 2 * 6  # one column a side above the best: prices are level by level
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_without_the_column_worth_least_the_asked_share_is_missed(seed: int) -> None:
-    loras = {f"c{i}": draw(seed * 10 + i, rank=4) for i in range(2)}
-    subspace = Subspace.fit(loras, capacity=Capacity(retain=0.9))
-    worth = {}  # the spectra behind every kept column: (layer, side) -> worth of the last column kept
-    frames = {}
-    for layer, basis in subspace.layers.items():
-        for side, (moment, frame) in enumerate(zip(moments(loras.values(), layer), (basis.alpha, basis.beta), strict=True)):
-            frames[layer, side] = frame.double()
-            if frame.shape[1]:
-                worth[layer, side] = float(torch.linalg.eigvalsh(moment).flip(0)[frame.shape[1] - 1]) / len(frame)
-    last = min(worth, key=lambda key: worth[key])
-    frames[last] = frames[last][:, :-1]
-    kept = [
-        sum(float((frames[layer, 1].T @ dense(lora, layer) @ frames[layer, 0]).square().sum()) for layer in subspace.layers)
-        / lora.norm**2
-        for lora in loras.values()
-    ]
-    assert min(kept) < 0.9 <= min(concept.retention for concept in subspace.concepts.values())
-
-
-def water_level(candidates: Mapping[str, Candidates], widths: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
-    """The worth per cost of the worst column kept and of the best left out."""
-    kept, left = [math.inf], [0.0]
-    for layer, entry in candidates.items():
-        for energies, cost, width in zip((entry.alpha, entry.beta), entry.costs, widths[layer], strict=True):
-            kept += (energies[:width] / cost).tolist()
-            left += (energies[width:] / cost).tolist()
-    return min(kept), max(left)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 999), st.integers(1, 5), st.floats(0, 1))
-def test_no_column_left_out_is_worth_more_than_one_kept(seed: int, layers: int, place: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def energies() -> Tensor:
-        return torch.rand(5, generator=generator, dtype=torch.float64).sort(descending=True).values
-
-    candidates = {f"l{i}": Candidates(energies(), energies(), (1 + i, 10 - i)) for i in range(layers)}
-    levels = prices(candidates)
-    worst, best = water_level(candidates, choose(candidates, levels[int(place * (len(levels) - 1))]))
-    assert worst >= best - 1e-12
-
-
-def stored_bytes(subspace: Subspace) -> int:
-    """Bytes of bases and coefficients in the file."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in pack(subspace)[0].items()
-        if name not in ("layouts", "details")
-    )
-
-
-def whole_bytes(subspace: Subspace) -> int:
-    """Bytes of the whole file."""
-    return sum(map(len, container.pack(*pack(subspace), 1)))
-
-
-@pytest.mark.parametrize("budget", [6500, 7000, 8500])
-def test_a_budget_is_filled_like_water(budget: int) -> None:
-    loras = {f"c{i}": draw(i, rank=4, scale=10.0**i) for i in range(3)}
-    subspace = Subspace.fit(loras, capacity=Capacity(budget=budget))
-    assert budget - SLACK < whole_bytes(subspace) <= budget
-    candidates, widths = {}, {}
-    for layer, basis in subspace.layers.items():
-        spectra = [torch.linalg.eigvalsh(moment).flip(0) for moment in moments(loras.values(), layer)]
-        candidates[layer] = Candidates(*spectra, (basis.alpha.shape[0], basis.beta.shape[0]))
-        widths[layer] = basis.rank
-    worst, best = water_level(candidates, widths)
-    assert worst >= best - 1e-9
-
-
-@pytest.mark.parametrize("budget", range(5000, 10000, 1000))
-def test_the_file_keeps_within_the_budget_at_every_merge(budget: int) -> None:
-    """Layers of one concept may differ in rank, and the counted bytes must be the written ones."""
-    uneven = [
-        LoRA({layer: draw(i, rank=1 + 5 * ((i + j) % 3)).layers[layer] for j, layer in enumerate(SHAPES)}) for i in range(5)
-    ]
-    subspace = Subspace()
-    for i, lora in enumerate(uneven):
-        subspace = subspace.merge({f"c{i}": lora}, capacity=Capacity(budget=budget), pseudo_rank=3 if i == 2 else None)
-        assert whole_bytes(subspace) <= budget
-
-
-def test_a_budget_that_cannot_be_kept_is_refused() -> None:
-    """Rather than that everything held in the touched layers is erased and the budget still exceeded."""
-    held = Subspace.fit({"a": draw(0), "b": draw(1)})
-    assert "budget" in refusal(lambda: held.merge({"new": draw(2, ONE)}, capacity=Capacity(budget=100)))
-
-
-@pytest.mark.parametrize("kind", ["adapters", "random"])
-def test_a_budget_counts_the_bytes_that_the_file_has(tmp_path, kind: str) -> None:
-    """Half precision, 8 bits with scales, header and details: what the merge promises is what the disk holds, nearly all."""
-    shapes: dict[str, Shape] = {f"unet.{index}": (640, 320, None) for index in range(12)}
-    loras = {f"c{index}": draw(index, shapes, rank=8) for index in range(3)}
-    start = Subspace(origin=Origin(kind, 8, 1) if kind == "random" else Origin())
-    for limit in (150_000, 220_000):
-        subspace = start
-        for name, lora in loras.items():
-            about = {name: {"kind": "subject", "trigger": "ärger", "details": {"prompts": ["a photo of it in a meadow"] * 4}}}
-            subspace = subspace.merge({name: lora}, capacity=Capacity(budget=limit), about=about)
-            subspace.save(tmp_path / "s", replace=True)
-            subspace = Subspace.load(tmp_path / "s")
-            assert (tmp_path / "s").stat().st_size <= limit
-        assert (tmp_path / "s").stat().st_size > 0.85 * limit  # axes that the other side has no use for are left out
-        assert sum(concept.retention for concept in subspace.concepts.values()) > 0
-
-
-def test_a_budget_that_leaves_nothing_names_the_least_that_leaves_something() -> None:
-    said = refusal(lambda: Subspace.fit({"a": draw(0)}, capacity=Capacity(budget=1)))
-    least = int(said.partition("takes ")[2].partition(" ")[0].replace(",", ""))
-    assert Subspace.fit({"a": draw(0)}, capacity=Capacity(budget=least))["a"].retention > 0
-    assert "raise it" in refusal(lambda: Subspace.fit({"a": draw(0)}, capacity=Capacity(budget=least - 1)))
-
-
-@pytest.mark.parametrize("text", ["inf", "1e400", "nan", "60 parsecs"])
-def test_a_budget_that_is_no_size_is_refused(text: str) -> None:
-    assert "is not a size" in refusal(lambda: parse_bytes(text))
-
-
-def test_a_smaller_pseudo_rank_buys_only_the_columns_that_it_uses() -> None:
-    lora = draw(3, rank=6)
-    subspace = Subspace.fit({"a": lora}, pseudo_rank=2)
-    assert all(max(basis.rank) <= 2 for basis in subspace.layers.values())
-    whole = Subspace.fit({"a": lora})
-    values = {layer: torch.linalg.svdvals(dense(lora, layer).double()) for layer in SHAPES}
-    kept = sum(float(value[:2].square().sum()) for value in values.values()) / lora.norm**2
-    assert subspace["a"].retention == pytest.approx(kept, abs=1e-5)
-    assert whole["a"].retention > 0.999
-
-
-def test_room_within_the_budget_is_not_a_truncation() -> None:
-    before = Subspace.fit({"a": draw(0)})
-    after = before.merge({"b": draw(1)}, capacity=Capacity(budget=10**6))
-    assert same_concept(before, after, "a")
-    assert after["b"].retention >= 0.999
-
-
-def test_a_cap_holds_on_both_sides_and_only_where_it_is_reached() -> None:
-    before = Subspace.fit({"a": draw(0, rank=4)})
-    after = before.merge({"b": draw(1, ONE, rank=4)}, capacity=Capacity(rank=6))
-    assert after.layers["unet.a"].rank == (6, 6)
-    for layer in SHAPES.keys() - {"unet.a"}:
-        assert after.layers[layer] is before.layers[layer]
-        assert after["a"].coefficients[layer] is before["a"].coefficients[layer]
-    assert after["a"].retention < before["a"].retention
-
-
-def test_a_cap_keeps_no_column_that_holds_nothing() -> None:
-    held = Subspace.fit({"gone": draw(0, ONE, rank=4), "stays": draw(1, ONE, rank=2)}, capacity=ALL).drop("gone")
-    after = held.merge({"new": draw(2, ONE, rank=5)}, capacity=Capacity(retain=None, rank=10))
-    assert after.layers["unet.a"].rank == (7, 7)
-
-
-# Bases that are derived and not stored
-
-
-WEIGHTS = {layer: draw(77, {layer: shape}, rank=30).layers[layer].dense() for layer, shape in SHAPES.items()}
-DERIVED = [("random", None), ("weights", WEIGHTS)]
-
-
-def derived(kind: str, weights: Mapping[str, Tensor] | None, loras: Mapping[str, LoRA], **settings) -> Subspace:
-    return Subspace.fit(loras, basis=kind, basis_seed=5, derived_rank=4, weights=weights, **settings)
-
-
-@pytest.mark.parametrize(("kind", "weights"), DERIVED)
-def test_derived_columns_cost_no_bytes(kind: str, weights: Mapping[str, Tensor] | None) -> None:
-    subspace = derived(kind, weights, {"a": draw(0)}, capacity=ALL)
-    tensors = pack(subspace)[0]
-    for layer, (out, width, _) in SHAPES.items():
-        assert subspace.layers[layer].rank == (min(6, width), min(6, out))
-        assert tensors[f"{layer}.share_alpha"].shape == (width, subspace.layers[layer].rank[0] - 4)
-        assert tensors[f"{layer}.share_beta"].shape == (out, subspace.layers[layer].rank[1] - 4)
-
-
-@pytest.mark.parametrize(("kind", "weights"), DERIVED)
-def test_a_file_gives_derived_columns_back(tmp_path, kind: str, weights: Mapping[str, Tensor] | None) -> None:
-    lora = draw(0)
-    subspace = derived(kind, weights, {"a": lora})
-    subspace.save(tmp_path / "s.safetensors")
-    halves = {layer: weight.half() for layer, weight in (weights or {}).items()}
-    for again in (
-        Subspace.load(tmp_path / "s.safetensors", weights),
-        Subspace.load(tmp_path / "s.safetensors", halves),
-    ):
-        for layer, basis in again.layers.items():
-            torch.testing.assert_close(basis.alpha, subspace.layers[layer].alpha, atol=5e-4, rtol=0)
-            torch.testing.assert_close(basis.beta[:, :4], subspace.layers[layer].beta[:, :4], atol=1e-6, rtol=0)
-        assert truths(again, "a", lora)[0] > 0.999 - 1e-5
-        assert again.basis_version == subspace.basis_version
-
-
-def test_the_seed_decides_the_random_basis() -> None:
-    first, again = (derived("random", None, {"a": draw(i)}) for i in range(2))
-    other = Subspace.fit({"a": draw(0)}, basis="random", basis_seed=6, derived_rank=4)
-    for layer, basis in first.layers.items():
-        assert torch.equal(basis.alpha[:, :4], again.layers[layer].alpha[:, :4])
-        assert (basis.alpha[:, :4] - other.layers[layer].alpha[:, :4]).abs().max() > 0.01
-    assert not torch.equal(first.layers["unet.z"].alpha[:, :4], first.layers["unet.z"].beta[:, :4])
-
-
-@pytest.mark.parametrize(("kind", "weights"), DERIVED)
-@pytest.mark.parametrize("capacity", [ALL, Capacity(retain=0.9), Capacity(rank=6), Capacity(budget=5500)])
-def test_learned_columns_extend_the_derived_ones(kind: str, weights, capacity: Capacity) -> None:
-    """Through growth and truncation alike: derived columns are never turned, learned ones orthogonal to them."""
-    loras = correlated(4, 4, 1.0)
-    first = {layer: Origin(kind, 4, 5 if kind == "random" else 0).derive(layer, SHAPES[layer][:2], weights) for layer in SHAPES}
-    subspace = derived(kind, weights, {"c0": loras["c0"]}, capacity=capacity)
-    for name in list(loras)[1:]:
-        subspace = subspace.merge({name: loras[name]}, capacity=capacity, weights=weights)
-        for layer, basis in subspace.layers.items():
-            for side, start in ((basis.alpha, first[layer].alpha), (basis.beta, first[layer].beta)):
-                assert torch.equal(side[:, :4], start)
-                assert (side.T @ side - torch.eye(side.shape[1])).abs().max() < 1e-5
-        for held in subspace.concepts:
-            assert subspace[held].retention <= min(truths(subspace, held, loras[held])) + ROUNDING
-    if capacity == ALL:
-        assert all(error(subspace, name, lora) < 3e-6 for name, lora in loras.items())
-
-
-def test_an_update_inside_the_derived_columns_needs_no_learned_one() -> None:
-    """And coefficients use derived and learned columns together."""
-    start = Origin("random", 4, 5).derive("unet.a", (20, 12))
-    inside = LoRA({"unet.a": Factors(start.beta @ torch.randn(4, 2), torch.randn(2, 4) @ start.alpha.T)})
-    subspace = Subspace.fit({"a": inside}, basis="random", basis_seed=5, derived_rank=4, capacity=ALL)
-    assert subspace.layers["unet.a"].rank == (4, 4)
-    assert error(subspace, "a", inside) < 3e-6
-    assert stored_bytes(subspace) == 2 * (4 + 4) + 2 * 2 * 2  # 8 bits a coefficient, 16 a column's scale
-
-
-def test_a_derived_basis_wider_than_a_layer_is_all_of_it() -> None:
-    lora = draw(0, {"unet.a": (3, 50, None)})
-    subspace = Subspace.fit({"a": lora}, basis="random", derived_rank=8, capacity=ALL)
-    assert subspace.layers["unet.a"].rank == (5, 3)  # 3 derived a side, 2 learned
-    assert error(subspace, "a", lora) < 3e-6
-
-
-def test_a_cap_below_the_derived_columns_is_refused() -> None:
-    """It would leave no learned column at all."""
-    assert "4 columns that never change" in refusal(lambda: derived("random", None, {"a": draw(0)}, capacity=Capacity(rank=3)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"basis": "svd"}, "basis is 'svd'; it is one of adapters, random, weights"),
-        ({"basis": "random"}, "a basis of origin random cannot have 0 derived columns"),
-        ({"derived_rank": 3}, "a basis of origin adapters cannot have 3 derived columns"),
-        ({"basis": "weights", "derived_rank": 3}, "comes from the base's weights"),
-    ],
-)
-def test_an_origin_that_cannot_be_is_refused(arguments: dict, words: str) -> None:
-    assert words in refusal(lambda: Subspace.fit({"a": draw(0)}, **arguments))
-
-
-def test_the_version_of_the_bases_survives_another_machines_rounding() -> None:
-    """Derived columns are equal to rounding only, so they cannot be a part of the digest."""
-    subspace = derived("random", None, {"a": draw(0)})
-    layers = {
-        layer: Basis(basis.alpha + torch.finfo().eps * basis.alpha.sign() * (torch.arange(basis.rank[0]) < 4), basis.beta)
-        for layer, basis in subspace.layers.items()
-    }
-    shaken = Subspace(origin=subspace.origin, layers=layers, concepts=subspace.concepts)
-    assert shaken.basis_version == subspace.basis_version
-    assert subspace.merge({"b": draw(1)}).basis_version != subspace.basis_version
 
 
 # Drop

@@ -34,6 +34,7 @@ from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
 from share_diffusion.objective import Draw, Objective
 from share_diffusion.picture_set import Framing, PictureSet, prepare_pictures
+from share_diffusion.places import nearest
 from share_diffusion.price import least_bytes
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.step import draw_step
@@ -178,15 +179,10 @@ def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
         there = nearest(place)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             problems.append(f"cannot write to {there}, where {place} would be; choose another {asked}")
-    if settings.with_prior_preservation and settings.class_data_dir and not nearest(Path(settings.class_data_dir)).is_dir():
+    if settings.with_prior_preservation and settings.class_data_dir and not nearest(settings.class_data_dir).is_dir():
         problems.append(f"--class_data_dir {settings.class_data_dir} is no folder; give the folder of the class's pictures")
     refuse(problems)
     return folder, file
-
-
-def nearest(place: Path) -> Path:
-    """Return the place, or the nearest of what it lies in, that is there."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
 def draw_world(recipe: Recipe, accelerator: Accelerator) -> None:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
     """Return what goes where, known from the file's header alone, before anything slow is loaded."""
     from share_diffusion.blend import Blend
-    from share_diffusion.export.earlier import place_problem
+    from share_diffusion.export.earlier import folder_problem
     from share_diffusion.export.filename import safe_name
     from share_diffusion.export.whole import in_the_way
     from share_diffusion.file import listing
@@ -78,7 +78,7 @@ def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
         raise ValueError("--each has no comfyui format: a workflow belongs to one blend; export them one by one")
     ending = ".safetensors" if arguments.format in ("kohya", "diffusers", "diffusers-old", "checkpoint") else ""
     wanted = [(Blend({name: 1.0}), arguments.output / f"{safe_name(name)}{ending}") for name in known]
-    if problems := [problem for _, path in wanted if (problem := place_problem(path, arguments.format))]:
+    if problems := [problem for _, path in wanted if (problem := folder_problem(path, arguments.format))]:
         raise ValueError("; ".join(problems))
     if os.path.realpath(arguments.file) in [os.path.realpath(path) for _, path in wanted]:
         raise ValueError(f"one of the outputs is the subspace file {arguments.file} itself; choose another folder")

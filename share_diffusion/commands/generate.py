@@ -159,9 +159,9 @@ def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
 
 def output_problems(path: Path) -> list[str]:
     """Return why a PNG cannot be written to `--output`."""
-    from share_diffusion.drawing import place_problem
+    from share_diffusion.places import file_problem
 
-    problem = place_problem(path)
+    problem = file_problem(path)
     problems = [f"--output {path} must end in .png"] if path.suffix.lower() != ".png" else []
     return [*problems, *([f"--output {problem}"] if problem else [])]
 

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
-    from share_diffusion.drawing import place_problem
+    from share_diffusion.places import file_problem
 
     problems = []
     if bool(arguments.x) == bool(arguments.strip):
@@ -102,7 +102,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.gif and arguments.gif.suffix.lower() != ".gif":
         problems.append(f"--gif {arguments.gif} must end in .gif")
     for flag, path in (("--gif", arguments.gif), ("--cells", arguments.cells and arguments.cells / "frame-000.png")):
-        if path and (problem := place_problem(path)):
+        if path and (problem := file_problem(path)):
             problems.append(f"{flag} {problem}")
     if not 0 <= arguments.seed < 2**63:
         problems.append(f"--seed is {arguments.seed}; it is 0 to 2**63 - 1")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from share_diffusion.export.comfyui import own_files
-from share_diffusion.export.earlier import FOLDERS, place_problem
+from share_diffusion.export.earlier import FOLDERS, folder_problem
 from share_diffusion.export.filename import name_problem, safe_name
 from share_diffusion.subspace import Subspace
 
@@ -51,7 +51,7 @@ def name_problems(name: str | None, format: str) -> list[str]:
 
 def place_problems(path: Path, format: str, pipeline: Any) -> list[str]:
     """Return why an export that is a folder as a whole cannot take this folder's place."""
-    if problem := place_problem(path, format):
+    if problem := folder_problem(path, format):
         return [problem]
     source = str(getattr(pipeline, "name_or_path", None) or "")
     if format in FOLDERS and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(path):

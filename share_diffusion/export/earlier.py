@@ -29,7 +29,7 @@ NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini")
 SHOWN = 3
 
 
-def place_problem(path: Path, format: str) -> str | None:
+def folder_problem(path: Path, format: str) -> str | None:
     """Return why an export of this format cannot take a folder's place, or None."""
     if format not in FOLDERS:
         return None

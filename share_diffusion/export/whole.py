@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
+from share_diffusion.places import nearest
+
 STALE_SECONDS = 24 * 3600
 
 
@@ -114,8 +116,6 @@ def sync(stage: Path) -> None:
 
 def require_room(folder: Path, needed: int) -> None:
     """Raise ValueError before anything is written when the disk cannot hold this many bytes."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest(folder)).free
     if 0 < free < needed:
         raise ValueError(f"the export takes some {needed:,} bytes and only {free:,} are free; make room or choose another disk")
