@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from share_diffusion.basis import WORK, Basis, Coefficients, outside, pad_rows, 
 from share_diffusion.layer import Update
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.layers import shape_of
+from share_diffusion.optimizers import FACTOR_RATE, LORA_RATE, RATE
 
 MODES = ("gradient", "coefficients", "temporary", "hybrid", "lora")
 SKETCH = 16  # columns of the random sketch of a gradient
@@ -88,6 +90,11 @@ class LearningPath(nn.Module):
             self.coefficients_alpha = nn.Parameter(start * columns)
             self.coefficients_beta = nn.Parameter(torch.zeros(beta.shape[1], rank))
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the path is an ordinary LoRA: factors without coefficients."""
+        return self.coefficients_alpha is None
+
     def update(self) -> Update:
         """Return the path as an update of the live layer; gradients flow to what trains.
 
@@ -148,20 +155,22 @@ class Learner(nn.Module):
             held[name] = Coefficients(path.coefficients_alpha.detach().cpu(), path.coefficients_beta.detach().cpu())
         return held
 
-    def parameter_groups(self, rate: float, factor_rate: float, text_rate: float | None = None) -> list[dict]:
-        """Return the optimizer's groups: coefficients at `rate`, factors (and LoRAs) at `factor_rate`.
+    def parameter_groups(
+        self, rate: float = RATE, factor_rate: float | None = None, text_rate: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: coefficients at `rate`, temporary factors and LoRAs at `factor_rate`.
 
-        With `text_rate` the coefficients of text encoders have it, and their factors are slowed down or sped up alike.
+        Without `factor_rate` temporary factors have FACTOR_RATE and LoRAs LORA_RATE. With `text_rate` the coefficients of
+        text encoders have it, and their factors are slowed down or sped up alike.
         """
-        named = list(self.named_parameters())
-        groups = []
-        for text in (False, True) if text_rate is not None else (None,):
-            chosen = [(n, p) for n, p in named if text is None or n.startswith("paths.text_encoder") == text]
-            pace = text_rate / rate if text and text_rate is not None and rate else 1.0
-            small = [parameter for name, parameter in chosen if "coefficients" in name]
-            large = [parameter for name, parameter in chosen if "coefficients" not in name]
-            groups += [{"params": small, "lr": rate * pace}, {"params": large, "lr": factor_rate * pace}]
-        return [group for group in groups if group["params"]]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for layer, paths in self.by_layer().items():
+            pace = text_rate / rate if text_rate is not None and rate and layer.startswith("text_encoder") else 1.0
+            for path in paths:
+                factors = (LORA_RATE if path.is_lora else FACTOR_RATE) if factor_rate is None else factor_rate
+                for name, parameter in path.named_parameters():
+                    groups.setdefault((rate if "coefficients" in name else factors) * pace, []).append(parameter)
+        return [{"params": parameters, "lr": found} for found, parameters in groups.items()]
 
     @property
     def trainables(self) -> int:

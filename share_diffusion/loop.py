@@ -58,7 +58,7 @@ def adapt(
     steps: int = 400,
     batch: int = 8,
     learning_rate: float = RATE,
-    factor_learning_rate: float = 2e-3,
+    factor_learning_rate: float | None = None,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Subspace:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 RATE = 2e-2  # of coefficients
+FACTOR_RATE = 1.6e-2  # of temporary factors
+LORA_RATE = 2e-3  # of ordinary LoRAs: they are the ones that a high rate throws off
 SHRINK = 2.4  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
 DECAYING = ("adamw", "adamw8bit")  # with a decay of their own where the arguments name none
 

@@ -11,7 +11,7 @@ from share_diffusion.attached import attach
 from share_diffusion.base import load_base
 from share_diffusion.basis import Basis
 from share_diffusion.loop import adapt
-from share_diffusion.optimizers import RATE, SHRINK, Average, decay_for, make_optimizer
+from share_diffusion.optimizers import FACTOR_RATE, LORA_RATE, RATE, SHRINK, Average, decay_for, make_optimizer
 
 
 @pytest.fixture
@@ -93,6 +93,36 @@ def test_coefficients_start_small_in_columns_that_are_frozen_and_at_norm_one_in_
         (path,) = learner.by_layer()["layer"]
         assert torch.allclose(path.coefficients_alpha.norm(dim=0), torch.tensor(norm), rtol=0.2)
         assert not path.coefficients_beta.any()
+
+
+def test_every_kind_of_what_trains_has_its_rate():
+    """Coefficients, temporary factors and LoRAs differ; one rate given for factors is that of LoRAs too."""
+    modules = {name: torch.nn.Linear(20, 30) for name in ("unet.a", "text_encoder.b")}
+    basis = Basis(torch.eye(20, 6), torch.eye(30, 6))
+
+    def rates(mode, bases, *given):
+        learner = make_learner(modules, bases, Adaptation(mode), {}, seed=0)
+        names = {id(parameter): name for name, parameter in learner.named_parameters()}
+        groups = learner.parameter_groups(*given)
+        found = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+        assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+        return {
+            ("text " if "text_encoder" in name else "") + ("coefficients" if "coefficients" in name else "factors"): rate
+            for name, rate in found.items()
+        }
+
+    bases = dict.fromkeys(modules, basis)
+    assert rates("coefficients", bases) == {"coefficients": RATE, "text coefficients": RATE}
+    factors = {"factors": FACTOR_RATE, "text factors": FACTOR_RATE}
+    assert rates("temporary", bases) == {"coefficients": RATE, "text coefficients": RATE, **factors}
+    assert rates("lora", bases) == rates("temporary", {}) == {"factors": LORA_RATE, "text factors": LORA_RATE}
+    assert rates("lora", bases, 0.5, 0.25) == {"factors": 0.25, "text factors": 0.25}
+    assert rates("temporary", bases, 0.5, 0.25, 0.05) == {
+        "coefficients": 0.5,
+        "factors": 0.25,
+        "text coefficients": 0.05,
+        "text factors": pytest.approx(0.025),
+    }
 
 
 def test_optimizers_are_found_by_name_or_path_and_refuse_what_they_lack():

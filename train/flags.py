@@ -19,7 +19,7 @@ from share_diffusion.loop import ORIGIN, TARGETS
 from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
-from share_diffusion.optimizers import RATE, SHRINK, make_optimizer
+from share_diffusion.optimizers import FACTOR_RATE, LORA_RATE, RATE, SHRINK, make_optimizer
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
 from share_diffusion.subspace import ORIGINS, Origin
@@ -114,7 +114,9 @@ class ConceptSettings:
         (), f"its arguments, as weight_decay=0.5 fused=True (adamw decays by {SHRINK:g} / (rate x steps) by itself)"
     )
     learning_rate: float = flag(RATE, "rate of the coefficients", aliases=("unet_lr",))
-    factor_learning_rate: float = flag(2e-3, "rate of temporary factors and of ordinary LoRAs")
+    factor_learning_rate: float | None = flag(
+        None, f"rate of temporary factors (default: {FACTOR_RATE:g}) and of ordinary LoRAs (default: {LORA_RATE:g})"
+    )
     text_encoder_lr: float | None = flag(None, "rate of coefficients in text encoders (default: LEARNING_RATE)")
     lr_scheduler: str = flag("cosine", "schedule", choices=SCHEDULES)
     lr_warmup_steps: int = flag(10, "steps of linear warm-up")
@@ -269,6 +271,13 @@ def optimizer_of(settings: ConceptSettings) -> torch.optim.Optimizer:
     """Return the optimizer as it is asked for, on a weight that stands for what will train; ValueError where it cannot be."""
     groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": RATE}]
     return make_optimizer(settings.optimizer, groups, settings.optimizer_args, 1)
+
+
+def rates_of(settings: ConceptSettings) -> str:
+    """Return the flags of the rates with what they come to, for a message."""
+    factors = settings.factor_learning_rate
+    told = f"{FACTOR_RATE:g}, of LoRAs {LORA_RATE:g}" if factors is None else f"{factors:g}"
+    return f"--learning_rate ({settings.learning_rate:g}) or --factor_learning_rate ({told})"
 
 
 def most_norm(settings: ConceptSettings) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import capacity_of, most_norm
+from flags import capacity_of, most_norm, rates_of
 from start import Run, open_subspace
 from tqdm import tqdm
 from watch import forgetting, refuse_nan
@@ -51,8 +51,7 @@ def merge(run: Run, subspace: Subspace, learner: Learner, facts: dict[str, Any])
     name, lora, settings = run.recipe.name, learner.lora(), run.settings
     if not lora.norm:
         raise ValueError(
-            f"{name!r} has learned nothing: every number of its update is 0, and nothing is merged; raise --learning_rate "
-            f"({settings.learning_rate:g}) or --factor_learning_rate ({settings.factor_learning_rate:g})"
+            f"{name!r} has learned nothing: every number of its update is 0, and nothing is merged; raise {rates_of(settings)}"
         )
     return subspace.merge({name: lora}, capacity=capacity_of(settings), about={name: facts})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import rates_of
 from start import Run, parked
 
 from share_diffusion.adapt import Learner
@@ -111,8 +112,7 @@ def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int
     names = ", ".join(bad_pictures(losses, drawn, run.pictures))
     raise ValueError(
         f"the {'gradient' if sound_loss else 'loss'} is not finite at step {step} (pictures: {names}); nothing was changed by "
-        f"this step and nothing is merged. Look at these pictures, or lower --learning_rate ({settings.learning_rate:g}) or "
-        f"--factor_learning_rate ({settings.factor_learning_rate:g})"
+        f"this step and nothing is merged. Look at these pictures, or lower {rates_of(settings)}"
         + ("" if settings.mixed_precision != "fp16" else ", or use --mixed_precision bf16")
     )
 
