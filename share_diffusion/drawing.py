@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from share_diffusion.memory import explained_end
 from share_diffusion.models import family_of
 
 BATCH = 16
@@ -79,22 +80,17 @@ def generate(
     for start in range(0, len(prompts), BATCH):
         some = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-        try:
-            with torch.no_grad():
-                pictures += pipeline(
-                    some,
-                    num_inference_steps=chosen.steps,
-                    width=chosen.width,
-                    height=chosen.height,
-                    generator=generators,
-                    callback_on_step_end=watched(watch, chosen.steps),
-                    **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
-                ).images
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the device has too little memory for {len(some)} pictures of {chosen.width} x {chosen.height} at once; ask "
-                "for fewer or smaller ones, or load the base in half precision"
-            ) from error
+        less = f"{len(some)} pictures of {chosen.width} x {chosen.height} are drawn at once: ask for fewer or smaller ones"
+        with torch.no_grad(), explained_end(f"{less}, or load the base in half precision"):
+            pictures += pipeline(
+                some,
+                num_inference_steps=chosen.steps,
+                width=chosen.width,
+                height=chosen.height,
+                generator=generators,
+                callback_on_step_end=watched(watch, chosen.steps),
+                **family.call_arguments(pipeline, [chosen.negative_prompt] * len(some), chosen.guidance_scale),
+            ).images
         if progress is not None:
             progress(len(pictures))
     return pictures

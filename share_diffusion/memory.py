@@ -1,4 +1,4 @@
-"""Fit a large frozen base into small memory: recompute, park, quantise; and the faster attentions where they are installed.
+"""Fit a large frozen base into small memory: recompute, park, quantise; the faster attentions; and words for where it ends.
 
 Nothing here is needed; a package that is absent is told by name. The base is quantised in memory only and after its identity
 was taken, so the subspace file is the same one that the unquantised base reads.
@@ -7,6 +7,9 @@ was taken, so the subspace file is the same one that the unquantised base reads.
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,3 +72,30 @@ def park(pipeline: Any, adapted: set[str], device: str | torch.device = "cpu") -
         getattr(pipeline, name).to(device)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def explained_end(remedy: str) -> Iterator[None]:
+    """Raise ValueError, with what the allocator said and the remedy, where the memory of a device ends inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_end(error):
+            raise
+        raise ValueError(f"the memory does not suffice ({first_words(error)}); {remedy}") from error
+
+
+def is_end(error: BaseException) -> bool:
+    """Tell whether an error says that there is no memory left, on an accelerator or beside it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, Exception) and should_reduce_batch_size(error) and "CUDNN_STATUS" not in str(error)
+
+
+def first_words(error: BaseException) -> str:
+    """Return what was asked for and what there was, without the allocator's advice."""
+    said = re.sub(r"\[enforce fail at [^\]]*\] *(?:\.|err == 0\.)? *", "", " ".join(str(error).split()))
+    sentences = re.split(r"(?<=[a-zA-Z])\.(?= |$)", said)
+    return ".".join(sentences[:3]).strip(" .") or type(error).__name__

@@ -295,6 +295,63 @@ def test_a_checkpoint_knows_its_processes_and_what_was_preserved():
     assert facts(1, 0.0, ["a"]) != facts(2, 0.0, ["a"])
 
 
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 7.60 GiB of which 1 GiB is free. Of the rest"
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [(torch.OutOfMemoryError(CUDA), "Tried to allocate 2.00 GiB"), (MemoryError(), "MemoryError"), (None, "1000000000000000")],
+    ids=["accelerator", "python", "torch"],
+)
+def test_where_memory_ends_one_message_says_what_to_give_less_of(workplace, monkeypatch, capsys, error, word):
+    assert run("--concept", "watercolor") == 0
+    before = file_of(workplace).read_bytes()
+
+    def full(*arguments):
+        if error is not None:
+            raise error
+        return torch.empty(10**15, dtype=torch.uint8).sum()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concept, "denoising_loss", full)
+        assert run("--concept", "robot", "--train_batch_size", "6", "--progress_file", "progress.jsonl") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert word in said
+    assert "--train_batch_size 3 --gradient_accumulation_steps 2" in said
+    assert "--gradient_checkpointing" in said
+    assert "--resolution" in said
+    assert "Of the rest" not in said
+    assert read_progress(workplace / "progress.jsonl")[0][-1]["error"] in said
+    assert file_of(workplace).read_bytes() == before
+
+
+def test_memory_that_ends_at_the_sheet_says_that_the_concept_is_held(workplace, monkeypatch, capsys):
+    draw = concept.draw_concepts
+
+    def full(pipeline, subspace, title):
+        if subspace.concepts:
+            raise torch.OutOfMemoryError(CUDA)
+        return draw(pipeline, subspace, title)
+
+    monkeypatch.setattr(concept, "draw_concepts", full)
+    words = [word for word in QUICK if word != "--no-sheet"]
+    assert concept.main([*words, "--concept", "watercolor"]) == 1
+    said = capsys.readouterr().err
+    assert "--no-sheet" in said
+    assert "watercolor is learned all the same" in said
+    assert "--train_batch_size" not in said
+    assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor"]
+
+
+def test_other_errors_of_the_machine_stay_what_they_are(workplace, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(concept, "denoising_loss", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run("--concept", "robot")
+
+
 def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
     loss = concept.denoising_loss
     calls = []

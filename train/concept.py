@@ -16,6 +16,8 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from flags import ELSEWHERE, ConceptSettings, check, most_norm
 from fold import fold_in, report_of
 from machines import accelerator_of, keeps_states
+from room import less
 from start import Run, parked, places, recipe_of, start, start_learner
 from states import Beginning, begin, keep_state
 from tqdm import tqdm
@@ -35,6 +38,7 @@ from share_diffusion.drawing import save_png
 from share_diffusion.interruption import Interruption
 from share_diffusion.learning import Denoiser, denoising_loss
 from share_diffusion.loudness import half_weight
+from share_diffusion.memory import explained_end
 from share_diffusion.models import family_of
 from share_diffusion.models.texts import too_long
 from share_diffusion.objective import Draw
@@ -74,8 +78,14 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
 
     A KeyboardInterrupt that comes when the file is written already says so.
     """
-    started = time.perf_counter()
     settings = check(settings)
+    with explained_end(less(settings)):
+        return learn_checked(settings, progress)
+
+
+def learn_checked(settings: ConceptSettings, progress: ProgressFile | None = None) -> dict[str, Any]:
+    """Learn the concept of settings that were found sound; memory may end anywhere in it."""
+    started = time.perf_counter()
     check_tracker(settings.report_to)
     folder, file = places(settings, recipe_of(settings))
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -91,10 +101,11 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
     for place in (folder, Path(settings.patch or file).parent):
         place.mkdir(parents=True, exist_ok=True)
     shown = settings.sheet and accelerator.is_main_process
+    untouched, before = [], {}
     if shown:
-        parked(run, away=False)
-    untouched = draw_base(pipeline, recipe) if shown else []
-    before = draw_concepts(pipeline, subspace, "pictures before") if shown else {}
+        with for_sheet():
+            parked(run, away=False)
+            untouched, before = draw_base(pipeline, recipe), draw_concepts(pipeline, subspace, "pictures before")
 
     with Attached(pipeline, sorted({*run.modules, *subspace.layers})) as attached:
         losses = train(run, learner, attached, state, progress or ProgressFile(None))
@@ -102,6 +113,7 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
         accelerator.wait_for_everyone()
         return {}
     subspace, merged, stopped = fold_in(run, learner, losses)
+    held = f"{recipe.name} is learned all the same: {settings.patch or file} holds it"
     try:
         report = report_of(run, learner, losses, subspace, merged)
         report["seconds"] = round(time.perf_counter() - started, 1)
@@ -110,18 +122,31 @@ def learn(settings: ConceptSettings, progress: ProgressFile | None = None) -> di
             raise KeyboardInterrupt
         accelerator.wait_for_everyone()
         if shown:
-            parked(run, away=False)
-            after = draw_concepts(pipeline, merged, "pictures after")
+            with for_sheet():
+                parked(run, away=False)
+                after = draw_concepts(pipeline, merged, "pictures after")
             sheet = make_sheet(recipe, base_name(settings.pretrained_model_name_or_path), untouched, before, after)
             save_png(sheet, folder / "sheet.png")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{recipe.name} is learned all the same: {settings.patch or file} holds it") from None
+        raise KeyboardInterrupt(held) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {held}") from error
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
     size = Path(settings.patch or file).stat().st_size
     if progress is not None:
         progress.tell(done=True, concept=recipe.name, retention=report["retention"]["after"], file_bytes=size)
     return report
+
+
+@contextmanager
+def for_sheet() -> Iterator[None]:
+    """Add how to do without the sheet to whatever stops its pictures."""
+    try:
+        with explained_end("drawing takes more than training"):
+            yield
+    except ValueError as error:
+        raise ValueError(f"{error}; --no-sheet draws no pictures") from error
 
 
 def plan_of(run: Run, learner: Learner, seconds: float) -> str:
