@@ -21,7 +21,7 @@ from share_diffusion.blend import Blend, Method, Region, Term
 from share_diffusion.cores import CoreTable, known_groups
 from share_diffusion.loudness import evened
 from share_diffusion.methods import drop_out, elect, equalise, linear, trim, tsv
-from share_diffusion.regions import area
+from share_diffusion.regions import Masks, area
 
 NARROW = (16, 64, 256)  # columns that tokens go through: the first that is no less than the ranks of all that acts
 
@@ -46,7 +46,7 @@ class Active:
     """Blends, one for all samples or one for each, against a table of cores."""
 
     def __init__(self, blends: Sequence[Blend], table: CoreTable, masks: Mapping[str, Tensor]) -> None:
-        self.blends, self.table, self.masks = list(blends), table, dict(masks)
+        self.blends, self.table, self.masks = list(blends), table, Masks(masks)
         refuse_unknown(self.blends, table, self.masks)
         self.terms = [[term for term in blend.terms if term.weight] for blend in self.blends]
         keys = [[row_key(term, blend) for term in terms] for blend, terms in zip(self.blends, self.terms, strict=True)]
@@ -176,6 +176,12 @@ def seed_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
+def demanded(term: Term) -> list[str]:
+    """Return the block groups that must have layers for a term; beside `all`, a factor for `text` may be moot."""
+    groups = [group for group, _ in term.blocks or ()]
+    return [group for group in groups if group != "text" or "all" not in groups]
+
+
 def refuse_unknown(blends: Sequence[Blend], table: CoreTable, masks: Mapping[str, Tensor]) -> None:
     """Raise ValueError for concepts, block groups and masks that are not there, all problems at once."""
     problems, groups = [], known_groups(table.groups.values())
@@ -183,7 +189,7 @@ def refuse_unknown(blends: Sequence[Blend], table: CoreTable, masks: Mapping[str
     for name in dict.fromkeys(name for blend in blends for name in blend.names):
         if name not in table.subspace.concepts:
             problems.append(f"unknown concept {name!r}; the subspace holds: {known}")
-    wanted = dict.fromkeys(group for blend in blends for term in blend.terms for group, _ in term.blocks or ())
+    wanted = dict.fromkeys(group for blend in blends for term in blend.terms for group in demanded(term))
     if absent := [group for group in wanted if group not in groups]:
         problems.append(f"no adapted layer is in block group {', '.join(absent)}; there are: {', '.join(groups)}")
     if missing := sorted({name for blend in blends for name in blend.masks if name not in masks}):

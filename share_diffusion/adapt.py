@@ -165,11 +165,13 @@ class Learner(nn.Module):
         """
         groups: dict[float, list[nn.Parameter]] = {}
         for layer, paths in self.by_layer().items():
-            pace = text_rate / rate if text_rate is not None and rate and layer.startswith("text_encoder") else 1.0
+            in_text = text_rate is not None and layer.startswith("text_encoder")
+            small = text_rate if text_rate is not None and in_text else rate
+            pace = small / rate if in_text and rate else 1.0
             for path in paths:
                 factors = (LORA_RATE if path.is_lora else FACTOR_RATE) if factor_rate is None else factor_rate
                 for name, parameter in path.named_parameters():
-                    groups.setdefault((rate if "coefficients" in name else factors) * pace, []).append(parameter)
+                    groups.setdefault(small if "coefficients" in name else factors * pace, []).append(parameter)
         return [{"params": parameters, "lr": found} for found, parameters in groups.items()]
 
     @property

@@ -25,8 +25,8 @@ from share_diffusion.blend import Blend
 from share_diffusion.cores import CoreTable, frame, narrow
 from share_diffusion.layer import ShareLayer, Update, cast_update, wrap
 from share_diffusion.models.blocks import block_groups, sees_text
-from share_diffusion.models.calls import order_of_samples, progress, read_call
-from share_diffusion.models.identity import identify, weight_of
+from share_diffusion.models.calls import caller, order_of_samples, progress, read_call
+from share_diffusion.models.identity import identify, precision_of, weight_of
 from share_diffusion.models.layers import components, layers, parent_of, shape_of
 from share_diffusion.regions import Field, read_mask
 from share_diffusion.subspace import Subspace
@@ -81,7 +81,9 @@ class AttachedSubspace(Attached):
         super().__init__(pipeline, sorted(subspace.layers))
         try:
             self.bases = {
-                path: cast_update(Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]))
+                path: cast_update(
+                    Update(basis.alpha, (), basis.beta), weight_of(self.layers[path]), precision_of(self.layers[path])
+                )
                 for path, basis in subspace.layers.items()
             }
         except BaseException:  # the device may be full
@@ -184,7 +186,8 @@ class AttachedSubspace(Attached):
         self.hooks, several = [], len(self.blends) > 1
         before_text: Any = torch.compiler.disable(self.before_text)
         before_denoiser: Any = torch.compiler.disable(self.before_denoiser)
-        for name, module in components(self.pipeline).items():
+        for name in components(self.pipeline):
+            module = getattr(self.pipeline, name)  # what is called: hooks inside of what is compiled may be passed over
             if name.startswith(TEXT) and several:
                 self.hooks.append(module.register_forward_pre_hook(before_text, with_kwargs=True))
             elif not name.startswith(TEXT) and (several or self.active.changing or self.active.regional):
@@ -201,8 +204,9 @@ class AttachedSubspace(Attached):
         """Give the denoiser's layers what acts at the step, for the samples and the picture's shape of a call."""
         call = read_call(module, args, kwargs)
         several = len(self.blends) > 1
-        index = order_of_samples(self.pipeline, len(self.blends), call.samples) if several else None
-        moment = self.active.moment(progress(self.pipeline, call.time) if self.active.changing else 0.0)
+        drawing = caller(self.pipeline, module)
+        index = order_of_samples(drawing, len(self.blends), call.samples) if several else None
+        moment = self.active.moment(progress(drawing, call.time) if self.active.changing else 0.0)
         self.show(DENOISER, moment, index)
         if moment.regional and self.field is not None:
             self.field.frame(call.grids, call.words, index)

@@ -52,6 +52,13 @@ def batches_in_epoch(buckets: Sequence[Size], batch: int) -> int:
     return sum(math.ceil(len(members) / batch) for members in by_bucket(buckets).values())
 
 
+def batches_in(epochs: int, buckets: Sequence[Size], batch: int) -> int:
+    """Return how many batches visit every picture so often; in a single bucket epochs run on within a batch."""
+    if len(by_bucket(buckets)) == 1:
+        return math.ceil(epochs * len(buckets) / batch)
+    return epochs * batches_in_epoch(buckets, batch)
+
+
 def by_bucket(buckets: Sequence[Size]) -> dict[Size, list[int]]:
     """Return the pictures of each bucket."""
     members: dict[Size, list[int]] = {}

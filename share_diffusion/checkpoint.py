@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,28 @@ class State:
 
 
 def save_state(folder: Path, step: int, tensors: Mapping[str, Any], facts: Mapping[str, Any], keep: int | None) -> Path:
-    """Write `checkpoint-<step>` and remove the oldest beyond `keep`."""
+    """Write `checkpoint-<step>` and remove those beyond `keep` that were written first, another run's among them.
+
+    Raises ValueError where it cannot be written.
+    """
     target = folder / f"checkpoint-{step}"
     part = folder / f".checkpoint-{step}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with (part / "state.pt").open("wb") as file:
-        torch.save(dict(tensors), file)
-        file.flush()
-        os.fsync(file.fileno())
-    manifest = {"step": step, "sha256": digest(part / "state.pt"), "facts": dict(facts)}
-    (part / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    try:
+        for left in folder.glob(".checkpoint-*.part"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True)
+        with (part / "state.pt").open("wb") as file:
+            torch.save(dict(tensors), file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {"step": step, "time": time.time(), "sha256": digest(part / "state.pt"), "facts": dict(facts)}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"cannot write the checkpoint {target} ({why}); make room, or choose another --output_dir") from error
     for old in list_states(folder)[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -55,9 +65,17 @@ def digest(path: Path) -> str:
 
 
 def list_states(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in order of their steps."""
+    """Return the checkpoint folders in the order in which they were written; those that do not tell come first, by step."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for _, _, path in sorted((written(path), step, path) for step, path in found)]
+
+
+def written(path: Path) -> float:
+    """Return when a checkpoint was written, in seconds, 0 where its manifest does not tell."""
+    try:
+        return float(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["time"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0.0
 
 
 def load_state(path: Path) -> State:
@@ -66,9 +84,9 @@ def load_state(path: Path) -> State:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if digest(path / "state.pt") != manifest["sha256"]:
             raise ValueError("its contents do not fit its manifest")
-        tensors = torch.load(path / "state.pt", weights_only=True)
+        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return State(manifest["step"], tensors, manifest["facts"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be used: {error}; resume from another or start again") from error
 
 

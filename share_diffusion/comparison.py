@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from share_diffusion.basis import WORK, project
-from share_diffusion.kinship import SAME_SEED, cosines, energies, group_of, likeness, row_spaces
+from share_diffusion.kinship import SAME_SEED, alike, cosines, energies, group_of, likeness, row_spaces
 from share_diffusion.lora import LoRA
 from share_diffusion.subspace import Subspace
 
@@ -32,19 +32,21 @@ def compare(first: LoRA | Subspace, second: LoRA | Subspace) -> dict[str, Any]:
 
 def compare_loras(first: LoRA, second: LoRA) -> dict[str, Any]:
     """Return cosines, norms, ranks and the likeness of two LoRAs' input sides."""
-    alike = likeness(row_spaces(first), row_spaces(second))
+    both, common = first.layers.keys() & second.layers.keys(), alike(first, second)
+    kin = likeness(row_spaces(first), row_spaces(second))
     return {
         "what": "two updates",
         "cosine": cosines(first, second),
         "norm": [first.norm, second.norm],
         "rank": [max((factors.rank for factors in lora.layers.values()), default=0) for lora in (first, second)],
         "layers": {
-            "common": len(first.layers.keys() & second.layers.keys()),
+            "common": len(common),
+            "other_shape": len(both - common),
             "only_first": len(first.layers.keys() - second.layers.keys()),
             "only_second": len(second.layers.keys() - first.layers.keys()),
         },
-        "input_likeness": alike,
-        "same_seed": alike > SAME_SEED,
+        "input_likeness": kin,
+        "same_seed": kin > SAME_SEED,
     }
 
 
@@ -62,6 +64,9 @@ def compare_with_subspace(lora: LoRA, subspace: Subspace) -> dict[str, Any]:
             **{group: kept[group] / energy if energy else 1.0 for group, energy in whole.items()},
         },
         "concepts": {name: cosines(lora, subspace.lora(name))[""] for name in subspace.concepts},
+        "other_shape": sum(
+            factors.shape != shape_of(subspace, layer) for layer, factors in lora.layers.items() if layer in subspace.layers
+        ),
     }
 
 
@@ -73,6 +78,9 @@ def compare_subspaces(first: Subspace, second: Subspace) -> dict[str, Any]:
         "same_base": first.base.mismatch(second.base) is None,
         "basis_version": [first.basis_version, second.basis_version],
         "numbers": [numbers(first), numbers(second)],
+        "other_shape": sum(
+            shape_of(first, layer) != shape_of(second, layer) for layer in first.layers.keys() & second.layers.keys()
+        ),
         "spanned": {"first_by_second": spanned(first, second), "second_by_first": spanned(second, first)},
         "concepts": {
             name: {
@@ -124,18 +132,20 @@ def page(facts: Mapping[str, Any], first: str, second: str) -> str:
             f"A {first}: norm {facts['norm'][0]:.4g}, rank {facts['rank'][0]}",
             f"B {second}: norm {facts['norm'][1]:.4g}, rank {facts['rank'][1]}",
             f"layers: {layers['common']} in both, {layers['only_first']} only in A, {layers['only_second']} only in B",
+            *foreign(layers["other_shape"]),
             *grouped("cosine", facts["cosine"]),
             f"input sides: likeness {facts['input_likeness']:.2f}"
             + (", started from the same seed" if facts["same_seed"] else ", from different seeds"),
         ]
     elif facts["what"] == "an update and a subspace":
-        lines = [*grouped("spanned by the bases", facts["spanned"])]
+        lines = [*foreign(facts["other_shape"]), *grouped("spanned by the bases", facts["spanned"])]
         lines += [f"cosine with {name}: {value:.4f}" for name, value in facts["concepts"].items()]
     else:
         lines = [
             f"A {first}: {facts['numbers'][0]:,} numbers, basis version {facts['basis_version'][0]}",
             f"B {second}: {facts['numbers'][1]:,} numbers, basis version {facts['basis_version'][1]}",
             "of the same base" if facts["same_base"] else "of different bases",
+            *foreign(facts["other_shape"]),
             f"A's bases spanned by B's: {share(facts['spanned']['first_by_second'])}, "
             f"B's by A's: {share(facts['spanned']['second_by_first'])}",
         ]
@@ -147,6 +157,12 @@ def page(facts: Mapping[str, Any], first: str, second: str) -> str:
         lines += [f"only in A: {', '.join(facts['only_first'])}"] if facts["only_first"] else []
         lines += [f"only in B: {', '.join(facts['only_second'])}"] if facts["only_second"] else []
     return "\n".join(lines)
+
+
+def foreign(layers: int) -> list[str]:
+    """Return, where there are any, that layers of one name differ in shape and are not compared."""
+    few = f"{layers} layer{'s' if layers > 1 else ''} of one name"
+    return [f"{few} but of different shapes in A and B, not in common: they are for different bases"] if layers else []
 
 
 def grouped(what: str, values: Mapping[str, float]) -> list[str]:

@@ -122,6 +122,11 @@ class Caption(NamedTuple):
     prefixed: bool
 
 
+def with_trigger(text: str, trigger: str) -> str:
+    """Return a caption or prompt with the trigger in its marked place."""
+    return text.replace(TRIGGER, trigger)
+
+
 def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     """Several folders as one data set, in their order."""
     if len(datasets) == 1:
@@ -131,7 +136,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     return Dataset(
         folder,
         examples,
-        tuple((path.resolve(), reason) for dataset in datasets for path, reason in dataset.skipped),
+        tuple((path.parent.resolve() / path.name, reason) for dataset in datasets for path, reason in dataset.skipped),
         tuple(f"{dataset.folder}: {note}" for dataset in datasets for note in (f"{len(dataset)} pictures", *dataset.notes)),
         _fingerprint(examples, [example.digest for example in examples]),
     )
@@ -333,8 +338,8 @@ def _finish(text: str, source: str, trigger: str | None) -> Caption:
     """A caption with the trigger in its place, checked."""
     if trigger is None and TRIGGER in text:
         raise ValueError(f"its caption from {source} holds {TRIGGER}, and no trigger is given; give --trigger WORD")
-    word = _one_line(trigger or "")
-    text = text.replace(TRIGGER, word)
+    word, text = (unicodedata.normalize("NFC", words) for words in (_one_line(trigger or ""), text))
+    text = with_trigger(text, word)
     prefixed = bool(word) and not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
     text = f"{word}, {text}" if prefixed else text
     if len(text) > MAX_CAPTION:

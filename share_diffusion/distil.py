@@ -169,13 +169,16 @@ class Lesson:
 
     def draw_latents(self, prompts: Sequence[str], updates: Mapping[str, list[Update]], seed: int) -> Tensor:
         """Return one picture's latents for each prompt, (n, c, h, w)."""
-        latents, steps = [], self.settings.drawing_steps
+        latents, steps, family = [], self.settings.drawing_steps, family_of(self.pipeline)
+        side = family.native_resolution(self.pipeline)
         with torch.no_grad(), self.active(updates):
             for start in range(0, len(prompts), BATCH):
                 some = list(prompts[start : start + BATCH])
                 generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(some))]
-                drawn = self.pipeline(some, num_inference_steps=steps, generator=generators, output_type="latent")
-                latents.append(drawn.images.float().cpu())
+                drawn = self.pipeline(
+                    some, height=side, width=side, num_inference_steps=steps, generator=generators, output_type="latent"
+                )
+                latents.append(family.latents_of_drawn(self.pipeline, drawn.images, (side, side)).float().cpu())
         return torch.cat(latents)
 
     def teach(self, learner: Learner, progress: Callable[[int, int, float], None]) -> None:

@@ -149,7 +149,12 @@ def unpack(
             beta=torch.cat([derived.beta, tensors[f"{layer}.share_beta"].float()], dim=1),
         )
     details = json.loads(bytes(tensors["details"].tolist()))
+    if not all(isinstance(entry, dict) for entry in details):
+        raise TypeError("the details of a concept are no table")
     layouts = [places_of(list(shapes), layout) for layout in tensors["layouts"].tolist()]
+    ranks = {layer: basis.rank for layer, basis in layers.items()}
+    if any(place[side] > ranks[layer][side] for one in layouts for layer, place in one.items() for side in (0, 1)):
+        raise IndexError("a concept has more rows than its basis has columns")
     concepts = {}
     for number, entry in enumerate(metadata["concepts"]):
         known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}

@@ -211,7 +211,8 @@ class Reader:
         if kind == "lora" and (second := WEIGHT.match(self.text, self.position)):
             unet = self.number(second["weight"], second.start("weight"), f"weight {second['weight']!r} of {term.name!r}")
             self.position = second.end()
-            term = Term(term.name, 1.0, (("all", unet), ("text", term.weight)))
+            if unet != term.weight:
+                term = Term(term.name, 1.0, (("all", unet), ("text", term.weight)))
         if self.next() != ">":
             self.fail(f"expected '>' at the end of the tag of {term.name!r}", self.position)
         self.position += 1

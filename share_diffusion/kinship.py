@@ -50,10 +50,16 @@ def inner(first: Factors, second: Factors) -> float:
     return float((left * right).sum())
 
 
+def alike(first: LoRA, second: LoRA) -> set[str]:
+    """Return the layers that two updates have in common: of one path and of one shape."""
+    both = first.layers.keys() & second.layers.keys()
+    return {layer for layer in both if first.layers[layer].shape == second.layers[layer].shape}
+
+
 def cosines(first: LoRA, second: LoRA) -> dict[str, float]:
-    """Return the cosine of two updates by layer group, and under "" that of the whole; an absent layer is zero."""
+    """Return the cosine of two updates by layer group, and under "" that of the whole; a layer not in common is zero."""
     products: dict[str, float] = defaultdict(float)
-    for layer in first.layers.keys() & second.layers.keys():
+    for layer in sorted(alike(first, second)):
         products[group_of(layer)] += inner(first.layers[layer], second.layers[layer])
     norms = energies(first), energies(second)
     groups = sorted(norms[0].keys() & norms[1].keys())

@@ -138,10 +138,10 @@ def weighted(updates: Mapping[str, Sequence[Update]], weight: float) -> dict[str
     return {path: [replace(update, beta=weight * update.beta) for update in some] for path, some in updates.items()}
 
 
-def cast_update(update: Update, like: Tensor) -> Update:
-    """Return the update in the precision of a tensor, on its device unless that is the meta device."""
-    device = update.alpha.device if like.device.type == "meta" else like.device
-    return replace(update.to(torch.empty(0, dtype=like.dtype, device=device)))
+def cast_update(update: Update, weight: Tensor, kind: torch.dtype) -> Update:
+    """Return the update in a precision, on the device of a layer's weight unless that is the meta device."""
+    device = update.alpha.device if weight.device.type == "meta" else weight.device
+    return replace(update.to(torch.empty(0, dtype=kind, device=device)))
 
 
 def _forget_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

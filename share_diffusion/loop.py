@@ -22,7 +22,7 @@ from share_diffusion.attached import Attached
 from share_diffusion.basis import Basis
 from share_diffusion.calibration import Survey, measured
 from share_diffusion.capacity import Capacity
-from share_diffusion.data import Dataset, read_dataset
+from share_diffusion.data import Dataset, read_dataset, with_trigger
 from share_diffusion.learning import Denoiser, Frozen, denoising_loss, fixed_noise_loss, freeze
 from share_diffusion.loudness import half_weight
 from share_diffusion.models import family_of
@@ -92,7 +92,7 @@ def adapt(
             if progress is not None:
                 progress(step + 1, float(loss.detach()))
         half = measured_half_weight(model, pipeline, pictures, batch, seed)
-    details = {"prompts": [instance_prompt or word]} | ({"half_weight": half} if half else {})
+    details = {"prompts": [with_trigger(instance_prompt or word, word)]} | ({"half_weight": half} if half else {})
     about = {"kind": kind, "trigger": word, "details": details}
     return subspace.merge({name: learner.lora()}, capacity=capacity, about={name: about})
 

@@ -129,4 +129,6 @@ class Average:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what a checkpoint held."""
-        self.steps, self.values = state["steps"], {name: value.clone() for name, value in state["values"].items()}
+        self.steps = state["steps"]
+        for name, value in self.values.items():
+            value.copy_(state["values"][name])

@@ -258,5 +258,8 @@ def text_cache(pipeline: Any, family: Family, cache: Cache | None) -> TextCache:
         return family.encode_text(pipeline, tokenize(family, pipeline, [caption]))
 
     encoders = [module for name, module in sorted(components(pipeline).items()) if name != family.denoiser]
-    identity = "".join(identity_of(module) for module in encoders) if cache is not None and cache.folder else ""
+    identity = ""
+    if cache is not None and cache.folder:
+        lengths = {name: ids.shape[1] for name, ids in sorted(tokenize(family, pipeline, [""]).items())}
+        identity = "".join(identity_of(module) for module in encoders) + str(lengths)
     return TextCache(encode, identity, cache or Cache())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from share_diffusion.concept import KINDS, check_name
+from share_diffusion.data import with_trigger
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,15 +78,17 @@ def find_recipe(
     if "world" in section and folder is None:
         known = {key: section[key] for key in ("pictures", "seed", "caption") if key in section}
         world = World(section["world"], **known)
-    chosen_trigger = trigger or values.get("trigger") or default_trigger(name, instance_prompt)
-    recipe_prompts = tuple(prompts) or tuple(values.get("sample", {}).get("prompts", ()))
+    instance_prompt = instance_prompt or section.get("instance_prompt")
+    kind = kind or str(values.get("kind", "style"))
+    word = trigger or values.get("trigger") or default_trigger(name, instance_prompt)
+    asked = tuple(prompts) or tuple(values.get("sample", {}).get("prompts", ()))
     return Recipe(
         name=name,
-        kind=kind or values.get("kind") or "style",
-        trigger=chosen_trigger,
+        kind=kind,
+        trigger=word,
         folder=place,
-        prompts=recipe_prompts or default_prompts(chosen_trigger, kind or "style", instance_prompt),
-        instance_prompt=instance_prompt or section.get("instance_prompt"),
+        prompts=tuple(with_trigger(text, word) for text in asked or default_prompts(word, kind, instance_prompt)),
+        instance_prompt=instance_prompt,
         world=world,
     )
 

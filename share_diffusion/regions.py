@@ -20,6 +20,7 @@ from share_diffusion.blend import Region
 
 FINE = 16
 COARSE = 64
+SOFTENED = 256  # pixels a side of a mask whose edge is softened; more would be lost in the softness
 
 
 def read_mask(name: str, picture: Any) -> Tensor:
@@ -55,16 +56,38 @@ def rasterise(region: Region | None, masks: Mapping[str, Tensor], height: int, w
         left, top, right, bottom = region.box
         return edge(height, top, bottom, region.soft)[:, None] * edge(width, left, right, region.soft)
     mask = masks[region.mask or ""][None, None]
-    if region.soft:
-        rows, columns = (int(side * region.soft / 2) for side in mask.shape[-2:])
-        mask = F.pad(mask, (columns, columns, rows, rows), mode="replicate")
-        mask = F.avg_pool2d(mask, (2 * rows + 1, 2 * columns + 1), stride=1)
-    return F.interpolate(mask, (height, width), mode="area")[0, 0]
+    return F.interpolate(softened(mask, region.soft) if region.soft else mask, (height, width), mode="area")[0, 0]
 
 
-def area(region: Region | None, masks: Mapping[str, Tensor]) -> float:
+def softened(mask: Tensor, soft: float) -> Tensor:
+    """Return a mask (1, 1, height, width), a large one made smaller, as its mean over a window of `soft` of its sides."""
+    largest = max(mask.shape[-2:])
+    if largest > SOFTENED:
+        mask = F.interpolate(mask, [max(1, round(side * SOFTENED / largest)) for side in mask.shape[-2:]], mode="area")
+    rows, columns = (int(side * soft / 2) for side in mask.shape[-2:])
+    mask = F.pad(mask, (columns, columns, rows, rows), mode="replicate")
+    mask = F.avg_pool2d(mask, (2 * rows + 1, 1), stride=1)
+    return F.avg_pool2d(mask, (1, 2 * columns + 1), stride=1)
+
+
+class Masks(dict[str, Tensor]):
+    """Masks by their names, with the rasters of regions that were made of them."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(masks)
+        self.rasters: dict[tuple[Region | None, int, int], Tensor] = {}
+
+    def raster(self, region: Region | None, height: int, width: int) -> Tensor:
+        """Return a region's mask on a grid, made on first use."""
+        key = region, height, width
+        if key not in self.rasters:
+            self.rasters[key] = rasterise(region, self, height, width)
+        return self.rasters[key]
+
+
+def area(region: Region | None, masks: Masks) -> float:
     """Return the share of the picture that a region covers."""
-    return float(rasterise(region, masks, COARSE, COARSE).mean())
+    return float(masks.raster(region, COARSE, COARSE).mean())
 
 
 class Field:
@@ -75,7 +98,8 @@ class Field:
     """
 
     def __init__(self, columns: Sequence[Sequence[Region | str | None]], masks: Mapping[str, Tensor], shares: Tensor) -> None:
-        self.columns, self.masks, self.shares = columns, masks, shares
+        self.columns, self.shares = columns, shares
+        self.masks = masks if isinstance(masks, Masks) else Masks(masks)
         self.index: Tensor | None = None
         self.grids: dict[int, tuple[int, int]] = {}
         self.words = 0
@@ -117,7 +141,7 @@ class Field:
 
     def one(self, entry: Region | str | None, height: int, width: int) -> Tensor:
         """Return one column's mask; an empty text stands for no column."""
-        return torch.zeros(height, width) if isinstance(entry, str) else rasterise(entry, self.masks, height, width)
+        return torch.zeros(height, width) if isinstance(entry, str) else self.masks.raster(entry, height, width)
 
     def sequence(self, tokens: int) -> Tensor:
         """Return masks (S, tokens, C) of image tokens, or of text tokens followed by image tokens."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from test_attach import ALL, TO_K, TO_Q, copied, difference, fused, random_lora, refusal, small_pipeline
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from share_diffusion.cores import frame, narrow, spanned
 from share_diffusion.layer import ShareConv, ShareLinear, Update
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.identity import identify
-from share_diffusion.models.layers import layers
+from share_diffusion.models.layers import layers, parent_of
 from share_diffusion.regions import Field
 from share_diffusion.subspace import Subspace
 
@@ -112,6 +113,27 @@ def test_several_pictures_of_a_prompt_share_its_blend(handle: Any) -> None:
         handle.set_blend(blend)
         alone = draw(handle.pipeline, [0, 1, 2, 3], num_images_per_prompt=2)
         same(together[2 * index : 2 * index + 2], alone[2 * index : 2 * index + 2])
+
+
+@pytest.mark.parametrize(("before", "guidance", "each"), [(None, 3.0, 1), (3.0, 1.0, 2), (1.0, 3.0, 2)])
+def test_a_pipeline_of_the_same_parts_gives_each_sample_its_blend(
+    original: Any, subspace: Subspace, before: float | None, guidance: float, each: int
+) -> None:
+    """Whatever the attached pipeline was last called with, guidance is that of the pipeline which draws."""
+    first = StableDiffusionPipeline(**original.components, requires_safety_checker=False)
+    other = StableDiffusionPipeline(**original.components, requires_safety_checker=False)
+    first.set_progress_bar_config(disable=True)
+    other.set_progress_bar_config(disable=True)
+    blends, seeds = BLENDS[:2], list(range(2 * each))
+    with attach(first, subspace) as handle:
+        if before:
+            draw(first, [0], guidance=before)
+        handle.set_blends(blends)
+        together = draw(other, seeds, guidance=guidance, num_images_per_prompt=each)
+        for index, blend in enumerate(blends):
+            handle.set_blend(blend)
+            part = slice(each * index, each * (index + 1))
+            same(together[part], draw(other, seeds, guidance=guidance, num_images_per_prompt=each)[part])
 
 
 def test_as_many_prompts_as_blends_are_needed(handle: Any) -> None:
@@ -505,3 +527,52 @@ def test_half_precision_and_compilation_keep_working(original: Any, subspace: Su
     handle.set_blends(blends)
     same(draw(compiled, [0, 1]), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_a_compiled_model_in_the_pipeline_keeps_schedules_and_regions(original: Any, subspace: Subspace, first: str) -> None:
+    blends = ["ink[region=left soft=0.1]", "neon:0.5[steps=0..0.6]"]
+    with attach(original, subspace) as handle:
+        handle.set_blends(blends)
+        expected = draw(original, [0, 1])
+    torch._dynamo.reset()
+    compiled = copied(original)
+    handle = attach(compiled, subspace) if first == "attach" else None
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    handle = handle or attach(compiled, subspace)
+    draw(compiled, [0, 1])
+    handle.set_blends(blends)
+    same(draw(compiled, [0, 1]), expected)
+    handle.detach()
+    torch._dynamo.reset()
+
+
+class Packed(nn.Linear):
+    """A linear layer that keeps its weight as bytes, as layers of 4 bits do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.whole = layer.weight.detach().clone()
+        self.weight = nn.Parameter(torch.zeros(7, 1, dtype=torch.uint8), requires_grad=False)
+        if layer.bias is not None:
+            self.bias = layer.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.whole, self.bias)
+
+
+def test_a_base_whose_weights_are_packed_draws_what_it_draws_otherwise(original: Any, subspace: Subspace) -> None:
+    with attach(original, subspace) as handle:
+        handle.set_blend("ink")
+        expected = draw(original, [0])
+    small = copied(original)
+    handle = attach(small, subspace)
+    handle.detach()
+    for path, module in layers(small).items():
+        if isinstance(module, nn.Linear) and path.startswith("unet") and path in subspace.layers:
+            parent, attribute = parent_of(small, path)
+            setattr(parent, attribute, Packed(module))
+    handle = attach(small, subspace, strict=False)
+    handle.set_blend("ink")
+    same(draw(small, [0]), expected)

@@ -223,6 +223,7 @@ def test_prompts_carry_blends_as_tags() -> None:
     clean, blend = read_prompt(prompt)
     assert clean == "a robot, in a meadow"
     assert str(blend) == "watercolor:0.8[steps=0..0.5] + x:1[blocks=all,text:0.5] + my cat:1"
+    assert str(read_prompt("<lora:x:0.8:0.8>")[1]) == "x:0.8"
     assert read_prompt("a  < b > c") == ("a  < b > c", Blend())
     for wrong, position in (("a <share:b", 10), ("a <share:b:x>", 11), ("<share:b><lora:b>", 15), ("<share:>", 7)):
         assert refusal(lambda wrong=wrong: read_prompt(wrong)).split("\n")[2] == f"  {' ' * position}^"

@@ -25,8 +25,10 @@ from PIL import Image
 from ports import free_port
 from safetensors.torch import load_file
 
+from share_diffusion import storage
 from share_diffusion.blend import Blend
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.patch import make_patch, write_patch
 from share_diffusion.subspace import Origin, Subspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +173,11 @@ def test_damaged_newer_and_foreign_files_are_refused(tmp_path):
     lora = LoRA({layer: Factors(torch.randn(8, 2), torch.randn(2, 8))})
     weights = {layer: torch.randn(8, 8)}
     Subspace.fit({"a": lora}, basis="weights", derived_rank=2, weights=weights).save(tmp_path / "weights.safetensors")
+    write_patch(make_patch(held := subspace(), "sent", held.lora("owl")), tmp_path / "sent.safetensors")
+    storage.write(tmp_path / "other.safetensors", {"x": torch.ones(1)}, {"layers": []}, expected_generation=None)
     expected = {
+        "sent": "is a patch",
+        "other": "another file of Share",
         "flipped": "checksum does not match",
         "short": "cut short",
         "newer": "format version 2",
@@ -181,7 +187,7 @@ def test_damaged_newer_and_foreign_files_are_refused(tmp_path):
     done = alone(READ, *(tmp_path / f"{name}.safetensors" for name in expected))
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
-    assert [name in one and words in one for (name, words), one in zip(expected.items(), said, strict=True)] == [True] * 5
+    assert [name in one and words in one for (name, words), one in zip(expected.items(), said, strict=True)] == [True] * 7
 
 
 def test_the_pack_imports_nothing_that_comfyui_lacks():

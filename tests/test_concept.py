@@ -371,6 +371,107 @@ def test_sigterm_leaves_a_checkpoint_and_no_file(workplace, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def stopping_after(steps, monkeypatch):
+    """Press Ctrl-C when so many batches were seen."""
+    loss, calls = concept.denoising_loss, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments)
+
+    monkeypatch.setattr(concept, "denoising_loss", counted)
+
+
+def test_checkpoints_of_an_earlier_run_give_way_to_those_of_the_present_one(workplace, monkeypatch, capsys):
+    words = ["--concept", "robot", "--max_train_steps", "8", "--checkpointing_steps", "2", "--checkpoints_total_limit", "2"]
+    assert run(*words) == 0
+    file_of(workplace).unlink()
+    slower = [*words, "--learning_rate", "0.01"]
+    with monkeypatch.context() as patch:
+        stopping_after(5, patch)
+        assert run(*slower) == 130
+    home = workplace / "outputs/tiny/robot"
+    assert sorted(path.name for path in home.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert run(*slower, "--resume_from_checkpoint", "latest") == 0
+    assert "resuming after step 5" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_message_and_leaves_nothing(workplace, monkeypatch, capsys):
+    home = workplace / "outputs/tiny/robot"
+    (home / ".checkpoint-50.1.part").mkdir(parents=True)
+
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert run("--concept", "robot", "--progress_file", "progress.jsonl") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert "error" in read_progress(workplace / "progress.jsonl")[0][-1]
+    assert not list(home.glob("*checkpoint*"))
+    assert not file_of(workplace).exists()
+
+
+def test_a_run_that_was_learned_enough_is_not_learned_further_when_it_goes_on(workplace, monkeypatch, capsys):
+    words = ["--concept", "robot", "--learning_rate", "0", "--factor_learning_rate", "1e-12", "--adaptation", "lora"]
+    words += ["--max_train_steps", "6", "--validation_steps", "1", "--early_stop", "1", "--checkpointing_steps", "1"]
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concept, "fold_in", stopped)
+        assert run(*words) == 130
+    assert run(*words, "--resume_from_checkpoint", "latest") == 0
+    report = json.loads((workplace / "outputs/tiny/robot/report.json").read_text())
+    assert len(report["losses"]["steps"]) == 1
+
+
+def test_nan_in_any_part_of_a_step_names_the_pictures_of_that_part(workplace, monkeypatch, capsys):
+    loss, named = concept.denoising_loss, []
+
+    def poisoned(model, pipeline, pictures, drawn, *more):
+        value = loss(model, pipeline, pictures, drawn, *more)
+        if not named:
+            named.extend(pictures.names[int(index)] for index in drawn.indices)
+            return value * float("nan")
+        return value
+
+    monkeypatch.setattr(concept, "denoising_loss", poisoned)
+    assert run("--concept", "robot", "--train_batch_size", "1", "--gradient_accumulation_steps", "2") == 1
+    assert f"the loss is not finite at step 0 (pictures: {named[0]})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--class_data_dir", "houses"], "--with_prior_preservation"),
+        (["--sample_prompts", "prompts.txt"], "names a file"),
+        (["--finetune_steps", "5", "--preserve_weight", "1"], "would undo"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(workplace, capsys, words, expected):
+    assert run("--concept", "robot", *words) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_a_placeholder_in_a_prompt_is_the_trigger_wherever_it_is_read(workplace):
+    photos = own_photos(workplace)
+    assert run("--concept", "mycat", *photos[:2], "--instance_prompt", "a photo of [trigger]", "--max_train_steps", "1") == 0
+    held = Subspace.load(file_of(workplace))["mycat"]
+    assert held.details["prompts"][0] == "a photo of mycat"
+    assert not any("[trigger]" in prompt for prompt in held.details["prompts"])
+
+
+def test_trackers_end_without_ending_the_processes_group(workplace, monkeypatch):
+    ended = []
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: ended.append(1))
+    assert run("--concept", "robot", "--max_train_steps", "1") == 0
+    assert ended == []
+
+
 @pytest.mark.parametrize("way", [[], ["--adaptation", "gradient"]], ids=["default", "gradient"])
 def test_later_concepts_leave_earlier_ones_bit_identical(workplace, way):
     assert run("--concept", "watercolor", *way) == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from share_diffusion.data import Dataset, read_dataset
+from share_diffusion.data import Dataset, join_datasets, read_dataset
 
 PHOTOS = Path(__file__).parents[1].parent / "shared" / "dreambooth"
 PROMPT = "a photo of a cat"
@@ -115,6 +115,22 @@ def test_the_trigger_is_put_in_its_place_or_in_front(tmp_path: Path) -> None:
     assert "trigger 'sks' put in front of 2 of 4 captions" in data.notes
     everywhere = read_dataset(tmp_path, trigger="dog")
     assert not any("put in front" in note for note in everywhere.notes)
+
+
+def test_composed_and_decomposed_triggers_meet(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("cafe\u0301 on a table")
+    assert read_dataset(tmp_path, trigger="caf\u00e9").examples[0].caption == "caf\u00e9 on a table"
+
+
+def test_folders_of_a_table_may_hold_links_that_lead_outside(tmp_path: Path) -> None:
+    draw(tmp_path / "elsewhere.png")
+    for name in ("one", "two"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        draw(tmp_path / "photos" / name / "a.png")
+    (tmp_path / "photos/one/link.png").symlink_to(tmp_path / "elsewhere.png")
+    parts = [read_dataset(tmp_path / "photos" / name, instance_prompt="x") for name in ("one", "two")]
+    assert "link.png" in join_datasets(parts).report()
 
 
 def test_a_trigger_of_signs_is_found(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import BUILDERS
 
 from share_diffusion.__main__ import main
 from share_diffusion.adapt import Adaptation, make_learner
@@ -116,6 +118,17 @@ def test_a_student_starts_alive_where_the_projection_is_nothing(pipeline, shapes
         assert (entry.alpha.abs().sum(0) > 0).all()
         fresh = make_learner(dict(attached.layers), {path: subspace.layers[path]}, Adaptation("coefficients", 4), {}, 0)
         assert fresh.trainables == learner.trainables
+
+
+@pytest.mark.parametrize("family", ["flux", "flux-schnell", "sd3", "sdxl"])
+def test_every_family_distils(family: str) -> None:
+    pipeline = BUILDERS[family]()
+    freeze(pipeline)
+    some = {path: shape_of(module)[0] for path, module in list(select(pipeline).items())[::4]}
+    bases = Subspace.fit({"a": random_lora(some, 0)}, base=identify(pipeline, family))
+    done = distil(pipeline, bases, random_lora(some, 1), PROMPTS, replace(QUICK, steps=2, batch=2))
+    assert set(done.lora.layers) <= set(some)
+    assert torch.isfinite(torch.tensor([done.projected, done.functional])).all()
 
 
 def test_what_cannot_be_distilled_is_refused(pipeline, shapes, subspace) -> None:

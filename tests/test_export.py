@@ -208,6 +208,14 @@ def test_a_pipeline_folder_draws_the_same(sd: Any, subspace: Subspace, tmp_path:
     assert (done.path / "tokenizer" / "merges.txt").is_file()
 
 
+@pytest.mark.parametrize("format", ["peft", "pipeline"])
+def test_no_picture_is_drawn_for_a_format_that_has_no_place_for_it(
+    sd: Any, subspace: Subspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    monkeypatch.setattr("share_diffusion.export.formats.draw_preview", lambda *_: pytest.fail("a preview was drawn"))
+    assert export(subspace, "ink", tmp_path / "folder", format, pipeline=sd).files
+
+
 @pytest.mark.parametrize("build", [small_sd, lambda: small_sd(linear=True), small_sdxl], ids=["sd1", "sd2", "sdxl"])
 def test_a_checkpoint_comes_back_bit_for_bit(build: Any, request: Any, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline

@@ -416,6 +416,12 @@ DAMAGE: dict[str, Callable[[dict, dict], object]] = {
     "a layer is missing": lambda _, metadata: metadata["layers"].pop(),
     "the base is nothing": lambda _, metadata: metadata.update(base=None),
     "a basis has other rows": lambda tensors, _: tensors.update({"unet.a.share_alpha": torch.zeros(5, 2).half()}),
+    "a basis has fewer columns": lambda tensors, _: tensors.update(
+        {"unet.a.share_alpha": tensors["unet.a.share_alpha"][:, :1].contiguous()}
+    ),
+    "the details are no tables": lambda tensors, _: tensors.update(
+        {"details": torch.tensor(list(b"[" + b",".join([b"[]"] * 9) + b"]"), dtype=torch.uint8)}
+    ),
     "a layout has too many rows": lambda tensors, _: tensors["layouts"][0, 0].add_(99),
 }
 

@@ -253,6 +253,30 @@ def test_a_subspace_spans_what_it_holds() -> None:
     assert both["only_first"] == ["b"]
 
 
+def resized(lora: LoRA, layers: list[str]) -> LoRA:
+    """A LoRA whose factors are twice as wide in some layers, as for another base."""
+    return LoRA({k: Factors(f.up, f.down.repeat(1, 2)) if k in layers else f for k, f in lora.layers.items()})
+
+
+def test_layers_of_another_shape_are_not_in_common_and_that_is_told(tmp_path: Path, capsys) -> None:
+    lora, odd = random_lora(0), list(LAYERS)[:2]
+    other = resized(lora, odd)
+    facts = compare(lora, other)
+    assert (facts["layers"]["common"], facts["layers"]["other_shape"]) == (len(LAYERS) - 2, 2)
+    same = sum(lora.layers[layer].energy for layer in LAYERS if layer not in odd)
+    assert facts["cosine"][""] == pytest.approx(same / (lora.norm * other.norm))
+    held, foreign = Subspace.fit({"a": lora}), Subspace.fit({"a": other})
+    assert compare(other, held)["other_shape"] == compare(held, foreign)["other_shape"] == 2
+    assert compare(lora, held)["other_shape"] == compare(held, held)["other_shape"] == 0
+    files = [str(written(tmp_path, name, one)) for name, one in (("a", lora), ("b", other))]
+    for name, one in (("c", held), ("d", foreign)):
+        one.save(tmp_path / f"{name}.safetensors")
+        files.append(str(tmp_path / f"{name}.safetensors"))
+    for first, second in ((0, 1), (1, 2), (2, 3)):
+        assert main(["compare", files[first], files[second]]) == 0
+        assert "2 layers of one name but of different shapes in A and B, not in common" in capsys.readouterr().out
+
+
 # The commands, on the embedded base
 
 

@@ -116,6 +116,7 @@ def test_every_kind_of_what_trains_has_its_rate():
     factors = {"factors": FACTOR_RATE, "text factors": FACTOR_RATE}
     assert rates("temporary", bases) == {"coefficients": RATE, "text coefficients": RATE, **factors}
     assert rates("lora", bases) == rates("temporary", {}) == {"factors": LORA_RATE, "text factors": LORA_RATE}
+    assert rates("coefficients", bases, 0.0, None, 0.01) == {"coefficients": 0.0, "text coefficients": 0.01}
     assert rates("lora", bases, 0.5, 0.25) == {"factors": 0.25, "text factors": 0.25}
     assert rates("temporary", bases, 0.5, 0.25, 0.05) == {
         "coefficients": 0.5,

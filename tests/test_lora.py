@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.lora.names import VOCABULARIES, apart, canonical, dotted, underscored
+from share_diffusion.lora.peft import write_peft
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0"
@@ -486,6 +487,34 @@ def test_a_peft_folder_reads_as_peft_means_it(tmp_path: Path, unet: nn.Module, r
     assert_updates(LoRA.read(tmp_path / "adapter_model.safetensors"), deltas)
 
 
+@pytest.mark.parametrize(
+    ("component", "module"),
+    [
+        ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1"),
+        ("text_encoder_2", "encoder.layers.0.mlp.fc1"),
+        ("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q"),
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
+        ("unet", "mid_block.attentions.0.proj_in"),
+    ],
+)
+def test_the_folder_of_a_component_tells_which_it_is(tmp_path: Path, monkeypatch, component: str, module: str) -> None:
+    lora = LoRA({f"{component}.{module}": Factors(*pair(4, 6, 2))})
+    write_peft(lora, tmp_path, torch.float32)
+    again = LoRA.read(tmp_path / component)
+    assert list(again.layers) == [f"{component}.{module}".replace("_2.encoder.layers", "_2.text_model.encoder.layers")]
+    monkeypatch.chdir(tmp_path / component)
+    assert list(LoRA.read("adapter_model.safetensors").layers) == list(again.layers)
+    again.write("again.safetensors", "diffusers")
+    assert not {"adapter_config", "adapter_folder"} & LoRA.read("again.safetensors").metadata.keys()
+
+
+def test_a_folder_that_the_paths_speak_against_is_no_component(tmp_path: Path) -> None:
+    lora = LoRA({"unet.mid_block.attentions.0.proj_in": Factors(*pair(4, 6, 2))})
+    write_peft(lora, tmp_path)
+    (tmp_path / "unet").rename(tmp_path / "text_encoder")
+    assert list(LoRA.read(tmp_path / "text_encoder").layers) == list(lora.layers)
+
+
 def trained(model: nn.Module) -> tuple[dict[str, nn.Module | Tensor], dict[str, Tensor]]:
     """The matrices of a PEFT model after setting them at random, and its own dense updates by module name."""
     generator = torch.Generator().manual_seed(5)
@@ -576,6 +605,15 @@ def test_the_first_text_encoder_is_te_alone_and_te1_beside_a_second(tmp_path: Pa
     LoRA(layers).write(tmp_path / "a.safetensors")
     assert {key.split("_text_model")[0] for key in load_file(tmp_path / "a.safetensors")} == {"lora_te1", "lora_te2"}
     assert list(LoRA.read(tmp_path / "a.safetensors").layers) == [Q_PROJ, second]
+
+
+@pytest.mark.parametrize(("words", "prefix"), [(768, "lora_te"), (1024, "lora_te"), (2048, "lora_te1")])
+def test_the_first_text_encoder_of_sdxl_is_te1_even_alone(tmp_path: Path, words: int, prefix: str) -> None:
+    attention = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    LoRA({Q_PROJ: Factors(*pair(4, 4, 1)), attention: Factors(*pair(4, words, 1))}).write(tmp_path / "a.safetensors")
+    stems = {key.split("_text_model")[0] for key in load_file(tmp_path / "a.safetensors") if "_te" in key}
+    assert stems == {prefix}
+    assert list(LoRA.read(tmp_path / "a.safetensors").layers) == [Q_PROJ, attention]
 
 
 def test_metadata_goes_along_except_what_described_the_old_file(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from share_diffusion.lora import Factors, LoRA
 from share_diffusion.lora.cloneofsimo import order
 from share_diffusion.lora.dialects import WRITERS, parse
 from share_diffusion.lora.native import unet_path
+from share_diffusion.subspace import Subspace
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real-loras"
 
@@ -293,6 +294,42 @@ def test_loha_and_lokr_are_what_peft_adds(kind: str, tucker: bool) -> None:
     for layer, delta in expected.items():
         assert layers[layer].lost <= 1e-9 * layers[layer].energy
         torch.testing.assert_close(layers[layer].dense(), delta, atol=1e-4, rtol=1e-4)
+
+
+def loha(stem: str, out: int, into: int) -> dict[str, Tensor]:
+    """A LoHa of one module."""
+    sides = {"hada_w1_a": (out, 2), "hada_w1_b": (2, into), "hada_w2_a": (out, 2), "hada_w2_b": (2, into)}
+    return {f"{stem}.{name}": noise(*shape, seed=number) for number, (name, shape) in enumerate(sides.items())}
+
+
+def test_a_loha_of_an_upsampler_keeps_its_kernel(tmp_path: Path) -> None:
+    save_file(loha("lora_unet_output_blocks_2_2_conv", 8, 8 * 9), tmp_path / "loha.safetensors")
+    lora = LoRA.read(tmp_path / "loha.safetensors")
+    assert lora.layers["unet.up_blocks.0.upsamplers.0.conv"].kernel == (3, 3)
+    lora.write(tmp_path / "again.safetensors")
+    down = load_file(tmp_path / "again.safetensors")["lora_unet_up_blocks_0_upsamplers_0_conv.lora_down.weight"]
+    assert down.shape[1:] == (8, 3, 3)
+
+
+@pytest.mark.parametrize(("words", "kernel"), [(768, (1, 1)), (1024, None), (2048, None)])
+@pytest.mark.parametrize("block", ["down_blocks_0_attentions_0", "input_blocks_1_1"])
+def test_projections_are_convolutions_in_stable_diffusion_1_alone(
+    block: str, words: int, kernel: tuple[int, int] | None
+) -> None:
+    projections = {**loha(f"lora_unet_{block}_proj_in", 8, 8), **loha(f"lora_unet_{block}_proj_out", 8, 8)}
+    layers = read({**projections, **loha(f"lora_unet_{block}_transformer_blocks_0_attn2_to_k", 8, words)})
+    path = "unet.down_blocks.0.attentions.0"
+    assert [layers[f"{path}.{name}"].kernel for name in ("proj_in", "proj_out")] == [kernel, kernel]
+    assert layers[f"{path}.transformer_blocks.0.attn2.to_k"].kernel is None
+
+
+def test_a_loha_and_a_lora_of_stable_diffusion_1_fit_one_subspace() -> None:
+    block = "lora_unet_down_blocks_0_attentions_0"
+    words = f"{block}_transformer_blocks_0_attn2_to_k"
+    first = read({**loha(f"{block}_proj_in", 8, 8), **loha(words, 8, 768)})
+    convolution = {f"{block}_proj_in.lora_down.weight": noise(2, 8, 1, 1), f"{block}_proj_in.lora_up.weight": noise(8, 2, 1, 1)}
+    second = read({**convolution, **plain(words, 8, 768)})
+    assert set(Subspace.fit({"a": LoRA(first), "b": LoRA(second)}).concepts) == {"a", "b"}
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
@@ -668,6 +705,24 @@ def test_transformers_are_written_under_the_original_names_and_read_back(tmp_pat
     assert {f"lora_unet_{first}_attn_qkv", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"} <= stems
     assert {"lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_final_layer_linear"} <= stems
     assert not [stem for stem in stems if "transformer_blocks" in stem]
+
+
+@pytest.mark.parametrize(
+    ("module", "out", "into", "stem"),
+    [
+        ("ff.net.0.proj", 8, 3072, "double_blocks_0_img_mlp_0"),
+        ("ff_context.net.2", 3072, 8, "double_blocks_0_txt_mlp_2"),
+        ("attn.add_k_proj", 3072, 3072, "double_blocks_0_txt_attn_qkv"),
+        ("attn.to_out.0", 3072, 3072, "double_blocks_0_img_attn_proj"),
+        ("attn.to_add_out", 3072, 3072, "double_blocks_0_txt_attn_proj"),
+        ("ff.net.0.proj", 6144, 1536, "joint_blocks_0_x_block_mlp_fc1"),
+        ("norm1_context.linear", 3072, 1536, "joint_blocks_0_context_block_adaLN_modulation_1"),
+    ],
+)
+def test_the_width_of_one_layer_tells_flux_from_sd3(tmp_path: Path, module: str, out: int, into: int, stem: str) -> None:
+    layer = f"transformer.transformer_blocks.0.{module}"
+    LoRA({layer: Factors(noise(out, 1), noise(1, into))}).write(tmp_path / "a.safetensors")
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")} == {f"lora_unet_{stem}"}
 
 
 def test_parts_of_a_fused_layer_with_one_input_side_keep_their_rank(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from share_diffusion.__main__ import main
-from share_diffusion.base import load_base
+from share_diffusion.base import TINY, load_base
 from share_diffusion.drawing import read_settings
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.models.identity import identify
@@ -118,6 +118,18 @@ def test_grid_writes_a_sheet_its_cells_and_a_film(file, tmp_path, capsys):
     assert main([*words, "--output", "x.jpg", "--y", "seed=1", "--gif", "x.png"]) == 1
     said = capsys.readouterr().err
     assert all(text in said for text in ("either --x", "--y needs --x", "end in .png", "end in .gif"))
+
+
+def test_pictures_tell_the_name_of_their_base_and_no_folder_of_this_computer(file, tmp_path):
+    (folder := tmp_path / "private" / "mine").parent.mkdir()
+    folder.symlink_to(TINY)
+    words = ["--subspace", str(file), "--prompt", "a cat", "--steps", "1", "--device", "cpu", "--base", str(folder)]
+    assert main(["generate", *words, "--output", str(tmp_path / "one.png")]) == 0
+    places = ["--output", str(tmp_path / "grid.png"), "--cells", str(tmp_path / "cells")]
+    assert main(["grid", *words, *places, "--x", "robot=0..1/2"]) == 0
+    for path in (tmp_path / "one.png", tmp_path / "grid.png", tmp_path / "cells" / "frame-000.png"):
+        assert read_settings(path)["base"] == "mine"
+        assert not [text for text in Image.open(path).text.values() if "private" in text]
 
 
 def test_where_nothing_can_be_drawn_to_is_told_before_anything_is_loaded(file, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from share_diffusion.active import Active
 from share_diffusion.blend import Blend
 from share_diffusion.capacity import Capacity
 from share_diffusion.cores import CoreTable
+from share_diffusion.grammar import read_prompt
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.methods import dare, decorrelated, drop_out, equalise, linear, norm_equalised, ties, trim, tsv
 from share_diffusion.models.blocks import block_groups
@@ -53,6 +54,19 @@ def merged(table: CoreTable, text: str) -> dict[str, Tensor]:
     active = Active([Blend.parse(text)], table, {})
     flat = active.flat(active.moment(0.0), 0, table.width)
     return {path: core[0, 0] for path, core in table.split(flat)}
+
+
+def test_a_tag_with_two_weights_needs_no_adapted_text_encoder() -> None:
+    path = "unet.down_blocks.1.attn1.to_q"
+    lora = LoRA({path: draw(0).layers[path]})
+    bare = Subspace.fit({"a": lora}, capacity=Capacity(retain=None))
+    table = CoreTable(bare, block_groups(bare.layers))
+    expected = merged(table, "a:0.8")[path]
+    for tag in ("<lora:a:0.8:0.8>", "<lora:a:0.3:0.8>"):
+        blend = read_prompt(tag)[1]
+        torch.testing.assert_close(merged(table, str(blend))[path], expected)
+    with pytest.raises(ValueError, match="no adapted layer is in block group text"):
+        merged(table, "a[blocks=text]")
 
 
 def rows_of(table: CoreTable) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from share_diffusion.base import load_base
-from share_diffusion.buckets import batches_in_epoch, bucket_batch, bucket_sizes, choose_bucket
+from share_diffusion.buckets import batches_in, batches_in_epoch, bucket_batch, bucket_sizes, choose_bucket
 from share_diffusion.cache import Cache
 from share_diffusion.captions import Variation, without_trigger
 from share_diffusion.class_pictures import class_folder, missing_pictures
@@ -65,6 +65,17 @@ def test_every_picture_is_visited_in_every_epoch_and_batches_are_of_one_size():
         assert {index for batch in steps for index in batch} == set(range(9))
         assert all(len({buckets[index] for index in batch}) == 1 for batch in steps)
     assert torch.equal(bucket_batch([(64, 64)] * 5, 4, 1, 7), batch_indices(5, 4, 1, 7))
+
+
+@pytest.mark.parametrize(("count", "batch", "epochs"), [(10, 8, 10), (5, 8, 10), (20, 8, 10), (16, 4, 3)])
+def test_passes_over_the_pictures_are_what_they_say(count, batch, epochs):
+    """Epochs run on within a batch, so all steps together are no more than one batch above the asked passes."""
+    buckets = [(64, 64)] * count
+    steps = batches_in(epochs, buckets, batch)
+    seen = torch.bincount(torch.cat([bucket_batch(buckets, batch, 0, step) for step in range(steps)]), minlength=count)
+    assert int(seen.min()) >= epochs
+    assert 0 <= int(seen.sum()) - epochs * count < batch
+    assert batches_in(2, [(64, 64)] * 3 + [(64, 96)] * 3, 2) == 2 * 4
 
 
 def test_a_square_cut_is_the_fitted_picture_and_others_keep_their_shape():

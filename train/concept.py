@@ -13,6 +13,7 @@ comes later says that the concept is held.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -22,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import ELSEWHERE, ConceptSettings, check, most_norm
+from flags import ELSEWHERE, ConceptSettings, check, most_norm, snr_of
 from fold import fold_in, report_of
 from machines import accelerator_of, keeps_states
 from room import less
 from start import Run, parked, places, recipe_of, start, start_learner
 from states import Beginning, begin, keep_state
 from tqdm import tqdm
-from watch import Watch, check_tracker, learned_enough, refuse_nan, write_whole
+from watch import Seen, Watch, check_tracker, learned_enough, refuse_nan, write_whole
 
 from share_diffusion.adapt import Learner
 from share_diffusion.attached import Attached
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     progress = ProgressFile(None)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops as Ctrl-C does
     try:
-        progress = ProgressFile(Path(settings.progress_file) if settings.progress_file else None)
+        told = settings.progress_file if os.environ.get("RANK", "0") == "0" else None  # one process of several tells
+        progress = ProgressFile(Path(told) if told else None)
         learn(settings, progress)
     except ValueError as error:
         progress.tell(error=str(error))
@@ -184,25 +186,26 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
     bar = tqdm(range(first, run.steps), initial=first, total=run.steps, desc="learning", unit="step",
                disable=not accelerator.is_main_process)  # fmt: skip
     skipped = 0
+    done = learned_enough(recorded, settings.early_stop)  # a state may have been taken at the step that was the last
     with Interruption() as interruption:
-        for step in bar:
+        for step in () if done else bar:
             factor = rate_factor(
                 settings.lr_scheduler, step, run.steps, settings.lr_warmup_steps, settings.lr_num_cycles, settings.lr_power
             )
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            total = torch.zeros((), device=accelerator.device)
+            total, seen = torch.zeros((), device=accelerator.device), []
             for micro in range(settings.gradient_accumulation_steps):
                 index = step * settings.gradient_accumulation_steps + micro
                 drawn = run.draw(index)
                 with accelerator.accumulate(model):
-                    losses = denoising_loss(model, run.pipeline, run.pictures, drawn, accelerator.device, *snr(settings))
+                    losses = denoising_loss(model, run.pipeline, run.pictures, drawn, accelerator.device, *snr_of(settings))
                     accelerator.backward(losses.mean())
                     total += losses.mean().detach() / settings.gradient_accumulation_steps
-                    further_losses(run, model, keeper, drawn, index)
+                    seen += [(losses.detach(), drawn, run.pictures), *further_losses(run, model, keeper, drawn, index)]
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), most_norm(settings))
-                        skipped = refuse_nan(run, losses, norm, drawn, step, skipped)
+                        skipped = refuse_nan(run, seen, norm, step, skipped)
                         optimizer.step()
                         optimizer.zero_grad()
             if average is not None:
@@ -218,7 +221,8 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
                 keep_state(run, step + 1, learner, optimizer, average, history, recorded)
             if interruption.wanted:
                 bar.close()
-                raise KeyboardInterrupt
+                kept = keeps_states(accelerator)
+                raise KeyboardInterrupt(*(() if kept else ("the subspace file is as it was; no state was kept to go on from",)))
             if done:
                 accelerator.print(f"learned after {step + 1} steps: the loss at fixed noise gets no better")
                 break
@@ -226,26 +230,23 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
         average.copy_to(learner)
     end_loss = watch.loss()
     half = half_weight(watch.loss, start_loss, end_loss)
-    if settings.report_to != "none":
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would end the processes' group as well
+        tracker.finish()
     losses = {"fixed_noise_before": start_loss, "fixed_noise_after": end_loss, "half_weight": half, "steps": history}
     return losses | ({"validations": recorded} if recorded else {})
 
 
-def snr(settings: ConceptSettings) -> tuple[float, ...]:
-    """Return the min-SNR gamma, where there is one."""
-    return () if settings.snr_gamma is None else (settings.snr_gamma,)
-
-
-def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None, drawn: Draw, index: int) -> None:
-    """Add the gradients of the class's pictures and of what is to be preserved."""
-    settings, accelerator = run.settings, run.accelerator
+def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None, drawn: Draw, index: int) -> list[Seen]:
+    """Add the gradients of the class's pictures and of what is to be preserved; return the class's losses."""
+    settings, accelerator, seen = run.settings, run.accelerator, []
     if run.class_pictures is not None and settings.prior_loss_weight:
         of_class = run.draw_class(index)
-        losses = denoising_loss(model, run.pipeline, run.class_pictures, of_class, accelerator.device, *snr(settings))
+        losses = denoising_loss(model, run.pipeline, run.class_pictures, of_class, accelerator.device, *snr_of(settings))
         accelerator.backward(settings.prior_loss_weight * losses.mean())
+        seen.append((losses.detach(), of_class, run.class_pictures))
     if keeper is not None:
         accelerator.backward(settings.preserve_weight * keeper.loss(model, drawn, index, accelerator.device).mean())
+    return seen
 
 
 if __name__ == "__main__":

@@ -280,6 +280,11 @@ def rates_of(settings: ConceptSettings) -> str:
     return f"--learning_rate ({settings.learning_rate:g}) or --factor_learning_rate ({told})"
 
 
+def snr_of(settings: ConceptSettings) -> tuple[float, ...]:
+    """Return the min-SNR gamma, where there is one."""
+    return () if settings.snr_gamma is None else (settings.snr_gamma,)
+
+
 def most_norm(settings: ConceptSettings) -> float:
     """Return the norm that gradients are clipped to."""
     return settings.max_grad_norm or math.inf
@@ -307,9 +312,14 @@ def origin_of(settings: ConceptSettings) -> Origin:
     return Origin(kind, settings.derived_rank if kind != "adapters" else 0, settings.seed if kind == "random" else 0)
 
 
+def precision_of(settings: ConceptSettings) -> str:
+    """Return the precision of the forward pass that is asked for, by the flag or by accelerate."""
+    return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def check(settings: ConceptSettings) -> ConceptSettings:
     """Return the settings with their precision known; refuses what cannot be meant, before any work and all at once."""
-    told = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    told = precision_of(settings)
     problems = out_of_range(settings, RULES)
     for part in (optimizer_of, budget_of):
         try:
@@ -322,6 +332,15 @@ def check(settings: ConceptSettings) -> ConceptSettings:
         problems.append("--early_stop needs --validation_steps, to know how the loss goes")
     if settings.with_prior_preservation and not settings.class_prompt:
         problems.append("--with_prior_preservation needs --class_prompt, as in 'a photo of a cat'")
+    if settings.class_data_dir and not settings.with_prior_preservation:
+        problems.append(f"--class_data_dir {settings.class_data_dir} is of no use without --with_prior_preservation; add it")
+    if settings.finetune_steps and settings.preserve_weight:
+        problems.append(
+            f"--finetune_steps {settings.finetune_steps} would undo what --preserve_weight {settings.preserve_weight:g} holds; "
+            "give one"
+        )
+    if files := [words for words in settings.validation_prompt if Path(words).suffix.lower() == ".txt"]:
+        problems.append(f"--validation_prompt {' '.join(files)} names a file; give the prompts themselves")
     if settings.dataset_config and settings.instance_data_dir:
         problems.append("--dataset_config and --instance_data_dir both name pictures; give one")
     if settings.resume_from_checkpoint not in (None, "auto", "latest") and not Path(settings.resume_from_checkpoint).is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import capacity_of, most_norm, rates_of
+from flags import capacity_of, most_norm, rates_of, snr_of
 from start import Run, open_subspace
 from tqdm import tqdm
 from watch import forgetting, refuse_nan
@@ -81,10 +81,10 @@ def finetune(run: Run, subspace: Subspace) -> Subspace:
         for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
             optimizer.param_groups[0]["lr"] = rate * rate_factor("cosine", step, settings.finetune_steps, 0)
             drawn = run.draw(3_000_000_000 + step)
-            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device)
+            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device, *snr_of(settings))
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), most_norm(settings))
-            refuse_nan(run, losses, norm, drawn, step)
+            refuse_nan(run, [(losses.detach(), drawn, run.pictures)], norm, step)
             optimizer.step()
             optimizer.zero_grad()
     return subspace.with_coefficients(run.recipe.name, learner.coefficients())

@@ -10,8 +10,9 @@ def less(settings: ConceptSettings) -> str:
     batch, accumulated = settings.train_batch_size, settings.gradient_accumulation_steps
     ways = []
     if batch > 1:
-        half = (batch + 1) // 2
-        ways.append(f"--train_batch_size {half} --gradient_accumulation_steps {accumulated * 2} (as many pictures a step)")
+        part = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
+        more = f"--gradient_accumulation_steps {accumulated * batch // part}"
+        ways.append(f"--train_batch_size {part} {more} (as many pictures a step)")
     if not settings.low_vram:
         ways += [] if settings.gradient_checkpointing else ["--gradient_checkpointing"]
         ways.append("--low_vram")

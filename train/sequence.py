@@ -13,6 +13,7 @@ the file, run train/concept.py with --patch on it, gather the patches and run `s
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import flags
 from concept import learn
-from flags import ELSEWHERE, ConceptSettings, capacity_of, origin_of
+from flags import ELSEWHERE, PRECISIONS, ConceptSettings, capacity_of, origin_of
 from start import recipe_of, subspace_file
 from torch import Tensor
 
@@ -168,6 +169,9 @@ def begin(settings: SequenceSettings, file: Path) -> None:
     words += ["--batch", str(min(settings.train_batch_size, 8))]
     words += ["--resolution", str(settings.resolution)] if settings.resolution else []
     words += ["--gradient_checkpointing"] if settings.gradient_checkpointing else []
+    precision = PRECISIONS[flags.precision_of(settings)]
+    words += ["--precision", str(precision).removeprefix("torch.")]
+    words += ["--prediction_type", settings.prediction_type] if settings.prediction_type else []
     words += ["--device", "cpu"] if settings.cpu else []
     words += [] if settings.train_text_encoder else ["--no-train_text_encoder"]
     if subprocess.run([sys.executable, "-m", "share_diffusion", "measure", str(file), *words], check=False).returncode:
@@ -191,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     words = "Learn a list of concepts into one subspace file."
     settings = parse(SequenceSettings, argv, description=words, elsewhere=ELSEWHERE)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops as Ctrl-C does, the workers as well
     try:
         learned = learn_all(settings)
     except ValueError as error:
@@ -199,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; start the same command again to go on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if settings.dry_run:
         print("\nnothing is learned (--dry_run)")
     else:

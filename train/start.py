@@ -20,7 +20,7 @@ from share_diffusion import loop
 from share_diffusion.adapt import Adaptation, Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
-from share_diffusion.buckets import batches_in_epoch
+from share_diffusion.buckets import batches_in
 from share_diffusion.cache import Cache
 from share_diffusion.calibration import Survey, begin, shipped
 from share_diffusion.class_pictures import class_folder, draw_class, drawn_pictures
@@ -77,7 +77,7 @@ class Run:
         """Optimizer steps of the whole run."""
         if self.settings.num_train_epochs is None:
             return self.settings.max_train_steps
-        batches = self.settings.num_train_epochs * batches_in_epoch(self.pictures.buckets, self.batch)
+        batches = batches_in(self.settings.num_train_epochs, self.pictures.buckets, self.batch)
         return math.ceil(batches / self.settings.gradient_accumulation_steps)
 
     @property
@@ -259,7 +259,7 @@ def prepare_class(
             if drawn:
                 accelerator.print(f"drew {drawn} pictures of {settings.class_prompt!r} into {folder}/")
         accelerator.wait_for_everyone()
-        if settings.dry_run and not folder.is_dir():
+        if settings.dry_run and not (folder.is_dir() and any(folder.iterdir())):
             return None, ""
     parts = [
         read_dataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from share_diffusion.layer import weighted
 from share_diffusion.learning import Frozen, bad_pictures, fixed_noise_loss
 from share_diffusion.objective import Draw
 from share_diffusion.optimizers import Average
+from share_diffusion.picture_set import PictureSet
 from share_diffusion.preservation import concept_updates
 from share_diffusion.progress import ProgressFile
 from share_diffusion.sheet import Row, contact_sheet
@@ -26,6 +28,7 @@ from share_diffusion.subspace import Subspace
 
 FIXED = 4  # batches of fixed noise
 MOST_SKIPPED = 20  # steps in a row that fp16's loss scale may overflow
+Seen = tuple[torch.Tensor, Draw, PictureSet]  # losses (batch), their draw, and the pictures that it is of
 BETTER = 0.99  # a loss below this share of the best so far is progress
 
 
@@ -101,15 +104,16 @@ class Watch:
         return pictures
 
 
-def refuse_nan(run: Run, losses: torch.Tensor, norm: Any, drawn: Draw, step: int, skipped: int = MOST_SKIPPED) -> int:
-    """Stop before the optimizer step when the loss or the gradient is not finite; return how many steps fp16 has skipped."""
-    sound_loss = bool(torch.isfinite(losses).all())
+def refuse_nan(run: Run, seen: Sequence[Seen], norm: Any, step: int, skipped: int = MOST_SKIPPED) -> int:
+    """Stop before the optimizer step when a loss or the gradient is not finite; return how many steps fp16 has skipped."""
+    bad = [one for one in seen if not bool(torch.isfinite(one[0]).all())]
+    sound_loss = not bad
     if sound_loss and (norm is None or bool(torch.isfinite(torch.as_tensor(norm)))):
         return 0
     if sound_loss and run.accelerator.scaler is not None and skipped < MOST_SKIPPED:
         return skipped + 1  # the loss scale was too high: the scaler passes over the step and lowers it
     settings = run.settings
-    names = ", ".join(bad_pictures(losses, drawn, run.pictures))
+    names = ", ".join(dict.fromkeys(name for one in bad or seen for name in bad_pictures(*one)))
     raise ValueError(
         f"the {'gradient' if sound_loss else 'loss'} is not finite at step {step} (pictures: {names}); nothing was changed by "
         f"this step and nothing is merged. Look at these pictures, or lower {rates_of(settings)}"

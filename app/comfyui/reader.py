@@ -67,6 +67,7 @@ def read(path: str | os.PathLike[str]) -> SubspaceFile:
     with open(path, "rb") as file:
         data = file.read()
     content = verified(data, os.path.basename(path))
+    refuse_other(content, os.path.basename(path))
     if content["origin"]["kind"] == "weights":
         raise ValueError(
             f"{os.path.basename(path)}: its basis comes from the base's weights, which ComfyUI cannot give back exactly; "
@@ -103,6 +104,16 @@ def verified(data: bytes, name: str) -> dict[str, Any]:
     if claimed != f"sha256:{digest.hexdigest()}":
         raise ValueError(f"{name} is damaged: its checksum does not match; copy it again, or take the .bak beside it")
     return envelope["content"]
+
+
+def refuse_other(content: Any, name: str) -> None:
+    """Raise ValueError for a file of Share that is no subspace file, with what it is."""
+    if isinstance(content, dict) and "patch" in content:
+        raise ValueError(
+            f"{name} is a patch, which holds one concept for a subspace file; fold it in with `share-diffusion merge`"
+        )
+    if not isinstance(content, dict) or not {"base", "origin", "layers", "concepts"} <= set(content):
+        raise ValueError(f"{name} is another file of Share than a subspace file; put the subspace file into models/share")
 
 
 def layer_of(

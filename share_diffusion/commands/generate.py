@@ -35,7 +35,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Draw pictures and write them with their settings inside."""
     from share_diffusion.attached import attach
-    from share_diffusion.base import load_base
+    from share_diffusion.base import base_name, load_base
     from share_diffusion.drawing import Sampling, png_info, save_png
     from share_diffusion.drawing import generate as draw
     from share_diffusion.models.identity import weights_of
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device or best_device(),
         local_files_only=arguments.local_files_only,
     )
-    facts: dict[str, Any] = {"base": arguments.pretrained_model_name_or_path}
+    facts: dict[str, Any] = {"base": base_name(arguments.pretrained_model_name_or_path)}
     if arguments.subspace is not None:
         subspace = Subspace.load(arguments.subspace, weights_of(pipeline))
         facts |= {"subspace": arguments.subspace.name, "basis_version": subspace.basis_version}

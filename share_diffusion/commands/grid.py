@@ -49,7 +49,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Draw the cells and write sheet, cells and film."""
     from share_diffusion.attached import attach
-    from share_diffusion.base import load_base
+    from share_diffusion.base import base_name, load_base
     from share_diffusion.drawing import Sampling
     from share_diffusion.grid import Axis, strip, sweep
     from share_diffusion.models.identity import weights_of
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "sampling": sampling,
         "masks": read_masks(arguments.masks),
-        "facts": {"base": base, "subspace": arguments.subspace.name, "basis_version": subspace.basis_version},
+        "facts": {"base": base_name(base), "subspace": arguments.subspace.name, "basis_version": subspace.basis_version},
     }
     with attach(pipeline, subspace) as handle:
         if arguments.strip:

@@ -23,6 +23,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, help="how many it draws (default: 32)")
     parser.add_argument("--draws", type=int, help="how many it is shown in each of two passes (default: 128)")
     parser.add_argument("--batch", type=int, default=8, help="how many at once (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="what it predicts, where its config is wrong"
+    )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -48,7 +54,10 @@ def run(arguments: argparse.Namespace) -> None:
     survey = Survey(**asked, batch=arguments.batch, resolution=arguments.resolution)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = arguments.pretrained_model_name_or_path
-    pipeline = load_base(name, device=device, local_files_only=arguments.local_files_only)
+    dtype = getattr(torch, arguments.precision)
+    pipeline = load_base(name, dtype=dtype, device=device, local_files_only=arguments.local_files_only)
+    if arguments.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=arguments.prediction_type)
     if arguments.gradient_checkpointing:
         checkpoint_gradients(pipeline)
     modules = select(pipeline, arguments.targets, arguments.train_text_encoder)

@@ -16,6 +16,7 @@ from share_diffusion.subspace import Subspace
 LORA_FILES = ("kohya", "diffusers", "diffusers-old")
 FUSED = ("pipeline", "checkpoint")
 FORMATS = (*LORA_FILES, "peft", *FUSED, "comfyui")
+PICTURED = (*LORA_FILES, "checkpoint", "comfyui")  # formats that a preview goes into
 SINGLE = (*LORA_FILES, "checkpoint")  # formats whose output is one .safetensors file
 
 

@@ -16,6 +16,7 @@ from share_diffusion.export.asked import (
     FORMATS,
     FUSED,
     LORA_FILES,
+    PICTURED,
     SINGLE,
     base_problems,
     name_problems,
@@ -136,7 +137,7 @@ def prepared(
     dtype: torch.dtype,
     preview: bool,
 ) -> Task:
-    """Return the export with its LoRA made, its family known and its preview drawn."""
+    """Return the export with its LoRA made, its family known and, where the format has a place for it, its preview drawn."""
     cores = cores_of(subspace, blend)
     # An untouched base may be fused into nothing; a LoRA of nothing is an error that `weighted` words.
     made = None if format in FUSED and not cores else weighted(subspace, cores, rank)
@@ -145,7 +146,7 @@ def prepared(
     if made is not None and format not in FUSED:
         said = replace(said, rank=made.rank, error=made.error)
     picture = None
-    if preview and pipeline is not None:
+    if preview and pipeline is not None and format in PICTURED:
         with fused(pipeline, made.lora if made else None):
             picture = draw_preview(pipeline, subspace, blend)
     return Task(said, made, pipeline, picture, dtype, format)

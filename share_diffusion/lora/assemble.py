@@ -47,7 +47,7 @@ def assemble(tensors: Mapping[str, Tensor], split: Split, scale: Scale = no_scal
         except ValueError as error:
             problems.append(f"{layer}: {error}")
     refuse(problems)
-    return layers
+    return lycoris.pointwise(layers, [layer for layer, matrices in parts.items() if product_of(matrices)])
 
 
 def grouped(tensors: Mapping[str, Tensor], split: Split) -> tuple[dict[str, Parts], list[str]]:
@@ -68,7 +68,7 @@ def folded(parts: Parts, layer: str, scale: Scale, most: int) -> Factors:
     """One layer's float32 factors with its scale multiplied into `up`, from whichever form its matrices are in."""
     matrices = {role: single(parts, role) for role in parts if role != "alpha"}
     alpha = alpha_of(parts["alpha"]) if "alpha" in parts else None
-    if product := next((form for form in lycoris.PRODUCTS if any(role.startswith(form) for role in parts)), None):
+    if product := product_of(parts):
         factors = converted(lycoris.PRODUCTS[product], matrices, alpha, layer, most)
     else:
         factors = paired(matrices, sorted(parts))
@@ -77,6 +77,11 @@ def folded(parts: Parts, layer: str, scale: Scale, most: int) -> Factors:
     if not is_finite(factors):
         raise ValueError("holds NaN or infinite values in float32; the file is broken, train or download it again")
     return factors
+
+
+def product_of(parts: Parts) -> str | None:
+    """Which product a layer's matrices are, LoHa's or LoKr's, None for a LoRA's."""
+    return next((form for form in lycoris.PRODUCTS if any(role.startswith(form) for role in parts)), None)
 
 
 def converted(convert: lycoris.Product, parts: Mapping[Role, Tensor], alpha: float | None, layer: str, most: int) -> Factors:

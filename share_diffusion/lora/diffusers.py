@@ -7,7 +7,8 @@
     text_encoder.<path>.q_proj.lora_linear_layer.down.weight
 
 Scale: `.alpha` / r where a file has it, else what PEFT's config says, else 1. diffusers keeps that config in the header
-under `lora_adapter_metadata`, PEFT in the `adapter_config.json` beside the file (handed in here as `adapter_config`).
+under `lora_adapter_metadata`, PEFT in the `adapter_config.json` beside the file (handed in here as `adapter_config`). A
+PEFT folder is mostly called by its component, which its keys do not tell (handed in as `adapter_folder`).
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ def is_dotted(keys: Collection[str]) -> bool:
 
 def read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], most: int) -> dict[str, Factors]:
     """The layers of a diffusers file or of a PEFT folder."""
-    return renamed(assemble(tensors, split_dotted, scale_of(configs(tensors, metadata)), most))
+    folder = metadata.get("adapter_folder", "")
+    return renamed(assemble(tensors, lambda key: split_dotted(key, folder), scale_of(configs(tensors, metadata)), most))
 
 
-def split_dotted(key: str) -> tuple[str, Role] | None:
+def split_dotted(key: str, folder: str = "") -> tuple[str, Role] | None:
     """`down_blocks.0.….attn1.processor.to_out_lora.up.weight` -> (`unet.down_blocks.0.….attn1.to_out.0`, `up`)."""
     ending = next((ending for ending in DOTTED if key.endswith(ending)), None)
-    layer = None if ending is None else canonical(key.removesuffix(ending))
+    layer = None if ending is None else canonical(key.removesuffix(ending), folder)
     return None if ending is None or layer is None else (layer, DOTTED[ending])
 
 

@@ -82,12 +82,12 @@ def file_problem(path: Path) -> str | None:
 
 
 def adapter_config(path: Path) -> dict[str, str]:
-    """The text of the `adapter_config.json` that PEFT wrote beside this file, under its key, if it is there."""
+    """The text of the `adapter_config.json` that PEFT wrote beside this file and its folder's name, if it is there."""
     config = path.with_name(re.sub(r"adapter_model\.(safetensors|bin)$", "adapter_config.json", path.name))
     if config == path or not config.is_file():
         return {}
     try:
-        return {"adapter_config": config.read_text(encoding="utf-8")}
+        return {"adapter_config": config.read_text(encoding="utf-8"), "adapter_folder": path.absolute().parent.name}
     except UnicodeDecodeError as error:
         raise ValueError(f"{config}: not a text file in UTF-8 ({error})") from None
 

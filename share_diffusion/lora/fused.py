@@ -17,14 +17,22 @@ from share_diffusion.lora.native import FINAL, FLUX, SD3, Rule, in_order
 
 SINGLE = "single_transformer_blocks"
 FLUX_WIDTH = 3072  # of every FLUX.1; no SD 3 is as wide
+READS_WIDTH = re.compile(r"\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.0\.proj)$")
+WRITES_WIDTH = re.compile(r"\.ff(_context)?\.net\.2$")
 MLP_RATIO = 4  # of FLUX's feed-forward
 
 
 def is_flux(layers: Mapping[str, Factors]) -> bool:
     """Whether the layers are FLUX's and not SD 3's: the one has single blocks, and is of one width."""
-    return any(SINGLE in layer for layer in layers) or any(
-        layer.endswith(".to_q") and factors.shape[1] == FLUX_WIDTH for layer, factors in layers.items()
-    )
+    return any(SINGLE in layer or width_of(layer, factors) == FLUX_WIDTH for layer, factors in layers.items())
+
+
+def width_of(layer: str, factors: Factors) -> int | None:
+    """The width of a transformer as one of its layers shows it, None where it does not."""
+    out, into = factors.shape
+    if not layer.startswith("transformer."):
+        return None
+    return into if READS_WIDTH.search(layer) else out if WRITES_WIDTH.search(layer) else None
 
 
 def joined(layers: Mapping[str, Factors]) -> dict[str, Factors]:

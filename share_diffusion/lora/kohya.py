@@ -29,6 +29,7 @@ PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }
+SDXL_WORDS = 2048
 T5 = "lora_te3_"  # the third encoder of SD3, and the second of FLUX, which has no more
 FLUX = re.compile(r"^lora_(unet|transformer)_(double_blocks|single_blocks|single_transformer_blocks)_")
 
@@ -91,11 +92,11 @@ def widened(factors: Factors, alpha: int) -> Factors:
     return Factors(pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra)), factors.kernel)
 
 
-def kohya_names(layers: Collection[str]) -> dict[str, str]:
+def kohya_names(layers: Mapping[str, Factors]) -> dict[str, str]:
     """Each layer's name in this dialect; ValueError lists those that would not come apart again into the same path."""
     components = {layer.partition(".")[0] for layer in layers}
     # sd-scripts ignores `lora_te1_` in SD 1.x and expects it where there is more than one text encoder.
-    several = "text_encoder_2" in components or "transformer" in components
+    several = "text_encoder_2" in components or "transformer" in components or is_sdxl(layers)
     flux = any(layer.startswith(("transformer.double_blocks.", "transformer.single_blocks.")) for layer in layers)
     prefixes = {
         "unet": "lora_unet_",
@@ -113,6 +114,11 @@ def kohya_names(layers: Collection[str]) -> dict[str, str]:
             problems.append(f"{layer}: has no name in kohya's dialect; write dialect='diffusers'")
     refuse(problems)
     return names
+
+
+def is_sdxl(layers: Mapping[str, Factors]) -> bool:
+    """Whether a UNet reads words as wide as both text encoders of SDXL together give them."""
+    return any(layer.endswith(".attn2.to_k") and factors.shape[1] == SDXL_WORDS for layer, factors in layers.items())
 
 
 def four_dimensional(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,14 @@ from share_diffusion.lora.file import adapter_config, locate, read_tensors, writ
 from share_diffusion.lora.names import COMPONENTS
 
 # Metadata that follows from the layers and the dialect.
-COMPUTED = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "adapter_config"}
+COMPUTED = {
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "lora_adapter_metadata",
+    "adapter_config",
+    "adapter_folder",
+}
 # Metadata of the file that was read, not of what is written now.
 OUTDATED = {
     *("format", "ss_network_args", "ss_output_name", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),

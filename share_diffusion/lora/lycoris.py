@@ -3,14 +3,15 @@
     LoHa    dW = (w1_a @ w1_b) * (w2_a @ w2_b)      rank up to r^2: its columns are products of columns
     LoKr    dW = w1 (x) w2                          rank(w1) * rank(w2): the SVD of a Kronecker product is that of its parts
 
-Their convolutions carry no kernel (but in Tucker form); the layer's name tells it.
+Their convolutions carry no kernel (but in Tucker form); the layer's name tells it, or (`pointwise`) the whole file.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ SIZE_LIMIT = 2**28  # numbers of a product that is multiplied out; the largest l
 EXACT = 1e-12  # share of the energy that is rounding: directions below it are not counted
 OVERSAMPLING = 16
 POWER_STEPS = 2  # a flat spectrum, as products of random matrices have, gains nothing from more
-THREE_BY_THREE = re.compile(r"\.(conv1|conv2|conv_in|conv_out|(down|up)samplers\.0\.conv|in_layers\.2|out_layers\.3|op)$")
+THREE_BY_THREE = re.compile(
+    r"\.(conv1|conv2|conv_in|conv_out|(down|up)samplers\.0\.conv"
+    r"|in_layers\.2|out_layers\.3|op|output_blocks\.\d+\.\d+\.conv)$"
+)
+WORDS = re.compile(r"^unet\..+\.attn2\.to_[kv]$")
+SD1_WORDS = 768  # width of the text encoder of Stable Diffusion 1.x; the projections of all others are linear
+PROJECTION = re.compile(r"^unet\..+\.\d+\.proj_(in|out)$")
 
 
 def kernel_of(layer: str, inputs: int) -> Kernel:
@@ -34,6 +41,14 @@ def kernel_of(layer: str, inputs: int) -> Kernel:
     if THREE_BY_THREE.search(layer) and inputs % 9 == 0:
         return (3, 3)
     return (1, 1) if layer.endswith(("conv_shortcut", "skip_connection")) else None
+
+
+def pointwise(layers: dict[str, Factors], products: Collection[str]) -> dict[str, Factors]:
+    """The layers, with the kernel 1x1 of Stable Diffusion 1.x's projections beside attention, of which a product tells none."""
+    if not any(WORDS.search(layer) and factors.shape[1] == SD1_WORDS for layer, factors in layers.items()):
+        return layers
+    linear = {layer for layer in products if PROJECTION.search(layer) and layers[layer].kernel is None}
+    return {layer: replace(factors, kernel=(1, 1)) if layer in linear else factors for layer, factors in layers.items()}
 
 
 def hadamard(parts: Mapping[str, Tensor], alpha: float | None, layer: str, most: int) -> Factors:

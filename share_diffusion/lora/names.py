@@ -111,12 +111,16 @@ def home(path: str) -> str:
     return next((component for component, start in HOMES if start.match(path)), "")
 
 
-def canonical(path: str) -> str | None:
-    """A path in any of its dotted spellings as a layer name, or None where its component cannot be told."""
+def canonical(path: str, folder: str = "") -> str | None:
+    """A path in any of its dotted spellings as a layer name, or None where its component cannot be told.
+
+    `folder` is the component that the file's place tells; it counts where the path names none and does not speak against it.
+    """
     path = PREFIXES.sub("", path)
     component, _, module = path.partition(".")
     if component not in COMPONENTS:
         component, module = home(path), path
+        component = folder if folder.startswith(component) and folder in COMPONENTS else component
     module = current(PREFIXES.sub("", module))
     if component.startswith("text_encoder") and module.startswith("encoder.layers."):
         module = f"text_model.{module}"

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 BLOCK = re.compile(r"^transformer\.(single_)?(?:transformer_)?blocks\.(\d+)\.")
 UNET = ((r"down_blocks\.(\d+)", "down"), (r"mid_block", "mid"), (r"up_blocks\.(\d+)", "up"), (r"conv_(norm_)?out", "up"))
 TEXT_SIDE = re.compile(
-    r"^text_encoder|\battn2\.to_[kv]$|\badd_[qkv]_proj$|\bto_add_out$|\bff_context\b|context_embedder|caption_projection"
+    r"^text_encoder|^unet\..*\battn2\.to_[kv]$|\badd_[qkv]_proj$|\bto_add_out$|\bff_context\b|context_embedder|caption_projection"
 )
 
 

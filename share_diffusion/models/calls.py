@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from share_diffusion.models.layers import inner
 
 LEVELS = 8
 
@@ -25,7 +29,7 @@ class Call:
 
 def read_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """Return what a denoiser's forward is called with."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    names = list(inspect.signature(type(inner(denoiser)).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     latents = given["sample"] if "sample" in given else given["hidden_states"]
     states = given.get("encoder_hidden_states")
@@ -54,6 +58,21 @@ def grids(denoiser: nn.Module, latents: Tensor, places: Tensor | None) -> dict[i
     else:
         sizes = []
     return {height * width: (height, width) for height, width in reversed(sizes)}
+
+
+def caller(pipeline: Any, denoiser: nn.Module) -> Any:
+    """Return the pipeline that is drawing: the nearest one up the stack that holds the denoiser, or else the given one.
+
+    Pipelines share their parts (image to image made of text to image, say), and how many samples guidance adds stands in
+    the one that was called, not in the one that was attached to.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        one = frame.f_locals.get("self")
+        if isinstance(one, DiffusionPipeline) and any(module is denoiser for module in one.components.values()):
+            return one
+        frame = frame.f_back
+    return pipeline
 
 
 def progress(pipeline: Any, time: float) -> float:

@@ -38,6 +38,11 @@ def not_framed(pipeline: Any, originals: Sequence[Size], corners: Sequence[Size]
     return {}
 
 
+def as_drawn(pipeline: Any, drawn: Tensor, size: Size) -> Tensor:
+    """Return latents as they are: most pipelines hand them out unpacked."""
+    return drawn
+
+
 def nothing_idle(pipeline: Any) -> tuple[str, ...]:
     """Return no path: every layer has a say."""
     return ()
@@ -69,6 +74,7 @@ class Family:
     framing: Callable[[Any, Sequence[Size], Sequence[Size], Size], dict[str, Tensor]] = not_framed
     encode_pictures: Callable[[Any, Tensor], Tensor] = latents.encode_pictures  # pictures -> latents, without gradients
     decode_latents: Callable[[Any, Tensor], Tensor] = latents.decode_latents  # latents -> pictures, without gradients
+    latents_of_drawn: Callable[[Any, Tensor, Size], Tensor] = as_drawn  # pipeline(output_type="latent") -> latents
     latent_shape: Callable[[Any, Size], tuple[int, int, int]] = latents.latent_shape  # (height, width) -> (c, h, w)
 
     def components(self, pipeline: Any) -> tuple[str, ...]:

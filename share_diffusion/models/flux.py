@@ -14,7 +14,7 @@ from torch import Tensor
 
 from share_diffusion.models import targets
 from share_diffusion.models.family import Family, Reader
-from share_diffusion.models.latents import reduction
+from share_diffusion.models.latents import latent_shape, reduction
 from share_diffusion.models.noise import FLOW
 
 
@@ -64,6 +64,11 @@ def unpack(packed: Tensor, h: int, w: int) -> Tensor:
     n, _, width = packed.shape
     patches = packed.view(n, h // 2, w // 2, width // 4, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(n, width // 4, h, w)
+
+
+def latents_of_drawn(pipeline: Any, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return latents (n, c, h, w) of the patches that the pipeline hands out for pictures of a size."""
+    return unpack(drawn, *latent_shape(pipeline, size)[1:])
 
 
 def places(h: int, w: int) -> Tensor:
@@ -148,5 +153,6 @@ FAMILY = Family(
     call_arguments=call_arguments,
     version=version,
     architecture=architecture,
+    latents_of_drawn=latents_of_drawn,
     kohya_prefixes={"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
 )

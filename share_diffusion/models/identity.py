@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from share_diffusion.models.layers import layers, shape_of
@@ -18,6 +19,15 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = getattr(module, "base", module).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def precision_of(layer: nn.Module) -> torch.dtype:
+    """Return the precision in which a layer computes: its weight's, unless that only packs numbers of 8 or 4 bits."""
+    weight = weight_of(layer)
+    packed = getattr(getattr(weight, "quant_state", None), "dtype", None)  # what bitsandbytes unpacks to
+    bias = getattr(layer, "bias", None)
+    found = (weight.dtype, packed, bias.dtype if isinstance(bias, Tensor) else None)
+    return next((kind for kind in found if kind is not None and kind.is_floating_point and kind.itemsize > 1), torch.float32)
 
 
 def identify(pipeline: Any, name: str = "") -> BaseIdentity:

@@ -19,9 +19,14 @@ PRESETS = ("attention", "attention+ff", "attention+ff+conv", "all-linear")
 
 
 def components(pipeline: Any) -> dict[str, nn.Module]:
-    """Return the pipeline's denoiser and text encoders by their names."""
-    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    """Return the pipeline's denoiser and text encoders by their names; of compiled ones what was compiled."""
+    found = {name: inner(getattr(pipeline, name, None)) for name in COMPONENTS}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def inner(module: Any) -> Any:
+    """Return what `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def spell(component: str, module: str) -> str:
