@@ -156,6 +156,7 @@ def test_a_loud_concept_is_evened_and_let_loose_again(view, server):
 def test_stop_ends_a_drawing_within_a_step(view, server):
     before = len(pictures(server))
     quick(view, 150)
+    view.fill("#count input[type=number]", "9")  # long enough that no hand is too late for it
     view.fill("#prompt textarea", "a cat")
     view.click("#draw")
     says(view, "#status", "of 150")
