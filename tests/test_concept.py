@@ -1,10 +1,12 @@
 """Facts about learning a concept: resumption is bit-exact, failures change nothing, earlier concepts stay as they were."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -642,6 +644,36 @@ def test_a_sequence_goes_on_where_it_stopped(workplace, capsys):
     said = capsys.readouterr().out
     assert "watercolor: already in" in said
     assert list(Subspace.load(file_of(workplace)).concepts) == ["watercolor", "robot"]
+
+
+def test_sigterm_stops_a_sequence_as_ctrl_c_does(workplace, monkeypatch, capsys):
+    def killed(settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(sequence, "learn_all", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert sequence.main(["--concepts", "robot"]) == 130
+    assert "start the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_workers_share_columns_measured_as_their_concepts_are_learned(monkeypatch):
+    seen = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: seen.extend(words) or SimpleNamespace(returncode=0))
+    settings = sequence.SequenceSettings(concepts=("robot",), mixed_precision="bf16", prediction_type="v_prediction")
+    sequence.begin(settings, Path("mine.safetensors"))
+    given = dict(itertools.pairwise(seen))
+    assert given["--precision"] == "bfloat16"
+    assert given["--prediction_type"] == "v_prediction"
+
+
+def test_one_process_of_several_tells_of_the_progress(workplace, monkeypatch):
+    monkeypatch.setattr(concept, "learn", lambda settings, progress: progress.tell(step=1))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert concept.main(["--concept", "robot", "--progress_file", "progress.jsonl"]) == 0
+    assert len(read_progress(workplace / "progress.jsonl")[0]) == 1
 
 
 def test_a_place_that_cannot_be_written_is_told_before_any_work(workplace, capsys):
