@@ -85,12 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        from share_diffusion.memory import first_words, is_end
+        from share_diffusion.memory import end_message, is_end
 
         if not is_end(error):
             raise
-        print(f"error: the memory does not suffice ({first_words(error)}); ask for less at once, or for a lower precision",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {end_message(error, 'ask for less at once, or for a lower precision')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -82,7 +82,7 @@ def explained_end(remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_end(error):
             raise
-        raise ValueError(f"the memory does not suffice ({first_words(error)}); {remedy}") from error
+        raise ValueError(end_message(error, remedy)) from error
 
 
 def is_end(error: BaseException) -> bool:
@@ -91,6 +91,11 @@ def is_end(error: BaseException) -> bool:
         return True
     said = str(error)  # torch has no type for the end of main memory, nor for that of every accelerator
     return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+
+
+def end_message(error: BaseException, remedy: str) -> str:
+    """Return what is told where memory has ended."""
+    return f"the memory does not suffice ({first_words(error)}); {remedy}"
 
 
 def first_words(error: BaseException) -> str:

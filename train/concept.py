@@ -222,7 +222,7 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
             if interruption.wanted:
                 bar.close()
                 kept = keeps_states(accelerator)
-                raise KeyboardInterrupt(*(() if kept else ("the subspace file is as it was; no state was kept to go on from",)))
+                raise KeyboardInterrupt("" if kept else "the subspace file is as it was; no state was kept to go on from")
             if done:
                 accelerator.print(f"learned after {step + 1} steps: the loss at fixed noise gets no better")
                 break

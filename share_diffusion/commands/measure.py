@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from share_diffusion.base import base_name, load_base
     from share_diffusion.calibration import Survey, begin, shipped
+    from share_diffusion.commands.generate import dtype_of
     from share_diffusion.memory import checkpoint_gradients
     from share_diffusion.models.layers import select
     from share_diffusion.subspace import Origin
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     survey = Survey(**asked, batch=arguments.batch, resolution=arguments.resolution)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = arguments.pretrained_model_name_or_path
-    dtype = getattr(torch, arguments.precision)
+    dtype = dtype_of(arguments.precision)
     pipeline = load_base(name, dtype=dtype, device=device, local_files_only=arguments.local_files_only)
     if arguments.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=arguments.prediction_type)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from share_diffusion.models.layers import inner
+from share_diffusion.models.family import inner
 
 LEVELS = 8
 
@@ -69,7 +69,7 @@ def caller(pipeline: Any, denoiser: nn.Module) -> Any:
     frame = sys._getframe(1)
     while frame is not None:
         one = frame.f_locals.get("self")
-        if isinstance(one, DiffusionPipeline) and any(module is denoiser for module in one.components.values()):
+        if isinstance(one, DiffusionPipeline) and any(module is denoiser for module in vars(one).values()):
             return one
         frame = frame.f_back
     return pipeline

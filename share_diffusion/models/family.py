@@ -38,6 +38,11 @@ def not_framed(pipeline: Any, originals: Sequence[Size], corners: Sequence[Size]
     return {}
 
 
+def inner(module: Any) -> Any:
+    """Return what `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def as_drawn(pipeline: Any, drawn: Tensor, size: Size) -> Tensor:
     """Return latents as they are: most pipelines hand them out unpacked."""
     return drawn

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from share_diffusion.models import targets
-from share_diffusion.models.family import Family, Reader
+from share_diffusion.models.family import Family, Reader, inner
 from share_diffusion.models.latents import latent_shape, reduction
 from share_diffusion.models.noise import FLOW
 
@@ -22,7 +22,7 @@ def owns(pipeline: Any) -> bool:
     """Tell whether a pipeline is of this family; those that also take pictures (Fill, Depth, Redux) are not."""
     transformer: Any = getattr(pipeline, "transformer", None)
     vae = getattr(pipeline, "vae", None)
-    if vae is None or type(getattr(transformer, "_orig_mod", transformer)).__name__ != "FluxTransformer2DModel":
+    if vae is None or type(inner(transformer)).__name__ != "FluxTransformer2DModel":
         return False
     return transformer.config.in_channels == 4 * vae.config.latent_channels
 

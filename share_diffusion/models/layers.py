@@ -14,6 +14,7 @@ from torch import nn
 from share_diffusion.layer import ShareLayer
 from share_diffusion.lora.names import COMPONENTS
 from share_diffusion.models import family_of
+from share_diffusion.models.family import inner
 
 PRESETS = ("attention", "attention+ff", "attention+ff+conv", "all-linear")
 
@@ -22,11 +23,6 @@ def components(pipeline: Any) -> dict[str, nn.Module]:
     """Return the pipeline's denoiser and text encoders by their names; of compiled ones what was compiled."""
     found = {name: inner(getattr(pipeline, name, None)) for name in COMPONENTS}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def inner(module: Any) -> Any:
-    """Return what `torch.compile` has wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
 
 
 def spell(component: str, module: str) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from share_diffusion.models import targets
-from share_diffusion.models.family import Family, Reader
+from share_diffusion.models.family import Family, Reader, inner
 from share_diffusion.models.latents import reduction
 from share_diffusion.models.noise import FLOW
 from share_diffusion.models.stable_diffusion import call_arguments
@@ -21,7 +21,7 @@ T5_TOKENS = 256
 def owns(pipeline: Any) -> bool:
     """Tell whether a pipeline is of this family."""
     transformer = getattr(pipeline, "transformer", None)
-    return type(getattr(transformer, "_orig_mod", transformer)).__name__ == "SD3Transformer2DModel"
+    return type(inner(transformer)).__name__ == "SD3Transformer2DModel"
 
 
 def readers(pipeline: Any) -> dict[str, Reader]:
