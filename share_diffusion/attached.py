@@ -29,7 +29,7 @@ from share_diffusion.models.calls import caller, order_of_samples, progress, rea
 from share_diffusion.models.identity import identify, precision_of, weight_of
 from share_diffusion.models.layers import components, layers, parent_of, shape_of
 from share_diffusion.regions import Field, read_mask
-from share_diffusion.subspace import Subspace
+from share_diffusion.subspace import BaseIdentity, Subspace
 
 TEXT, DENOISER = "text_encoder", "denoiser"
 
@@ -265,6 +265,18 @@ def attach_problems(pipeline: Any, subspace: Subspace, strict: bool) -> list[str
             f"{' (' + absent[0] + ', ...)' if absent else ''} and {len(wrong)} have another shape"
             f"{' (' + wrong[0] + ')' if wrong else ''}; load that base"
         )
-    elif strict and (mismatch := subspace.base.mismatch(identify(pipeline, "this pipeline"))):
-        problems.append(f"wrong base: {mismatch}; load that base, or pass strict=False for a fine-tune of it")
+    elif strict:
+        problems += strict_problems(subspace, identify(pipeline, "this pipeline"))
     return problems
+
+
+def strict_problems(subspace: Subspace, base: BaseIdentity) -> list[str]:
+    """Return why a base whose layers fit is not the subspace's own."""
+    if mismatch := subspace.base.mismatch(base):
+        return [f"wrong base: {mismatch}; load that base, or pass strict=False for a fine-tune of it"]
+    if subspace.origin.kind == "weights" and subspace.base.is_rounded(base):
+        return [
+            "the subspace's columns come from the base's weights, and this pipeline's are rounded otherwise than those were; "
+            "load the base in float32 or float16 (--precision)"
+        ]
+    return []

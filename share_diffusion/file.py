@@ -37,6 +37,7 @@ from share_diffusion.packed import Packed, half, layout_of, settled, unit_of
 from share_diffusion.subspace import BaseIdentity, Origin, Subspace, Weights
 
 KNOWN = {"base", "origin", "basis_version", "layers", "concepts"}
+MOST = 2**32  # numbers of derived columns that a file may ask for, 17 GB: 48 columns a side are 0.5e9 in the largest of bases
 Layout = tuple[tuple[int, int, int], ...]
 
 
@@ -140,6 +141,9 @@ def unpack(
     origin = Origin(**metadata["origin"])
     if origin.kind == "activations":
         origin = changed(origin, principal=principal.unpack(tensors, shapes, kernels))
+    widths = ((origin.columns(layer, shape), shape) for layer, shape in shapes.items())
+    if (asked := sum(alpha * shape[1] + beta * shape[0] for (alpha, beta), shape in widths)) > MOST:
+        raise RuntimeError(f"it asks for {asked:,} numbers of derived columns, and at most {MOST:,} are made")
     look = look and origin.kind == "weights" and weights is None
     layers = {}
     for layer, shape in shapes.items():

@@ -29,6 +29,7 @@ from share_diffusion.merge import Merged, merge_updates, squared
 from share_diffusion.principal import Principal
 
 ORIGINS = ("adapters", "random", "weights", "activations")
+POINT = (1, 1)  # such a convolution has a linear layer's matrix, and files of products (LoHa, LoKr) do not tell the two apart
 INCOMPLETE = "this subspace was loaded without its base's weights, only to be looked at; load it with them"
 Weights = Mapping[str, Tensor]  # layer -> the base's own weight, (out, in) or (out, in, kh, kw)
 
@@ -131,6 +132,11 @@ class BaseIdentity:
             return f"the subspace belongs to {self.name!r}, and {other.name} has other weights"
         return None
 
+    def is_rounded(self, other: BaseIdentity) -> bool:
+        """Whether the weights of one are the other's rounded to more than half precision's last bit, as bfloat16 does."""
+        pairs = zip(self.weights, other.weights, strict=False)
+        return any(abs(ours - theirs) > 1e-3 * abs(ours) + 1e-7 for ours, theirs in pairs)
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -195,7 +201,8 @@ class Subspace:
         loras = {normal(name): lora for name, lora in loras.items()}
         about = {normal(name): facts for name, facts in (about or {}).items()}
         entries = {layer: entry for lora in loras.values() for layer, entry in lora.layers.items()}
-        grown = self.cover({layer: (entry.shape, entry.kernel) for layer, entry in entries.items()}, weights)
+        kernels = {layer: entry.kernel for lora in loras.values() for layer, entry in lora.layers.items() if entry.kernel}
+        grown = self.cover({layer: (entry.shape, kernels.get(layer)) for layer, entry in entries.items()}, weights)
         updates = {name: lora.layers for name, lora in loras.items()}
         norms = {name: lora.norm for name, lora in loras.items()}
         limits = capacity or Capacity()
@@ -245,7 +252,7 @@ class Subspace:
                     problems.append(
                         f"concept {name!r}: {layer} is {factors.shape}, the subspace has {expected}; is it for another base?"
                     )
-                elif factors.kernel != kernel:
+                elif (factors.kernel or POINT) != (kernel or POINT):
                     problems.append(
                         f"concept {name!r}: {layer} has kernel {factors.kernel}, the subspace {kernel}; is it for another base?"
                     )
@@ -254,15 +261,18 @@ class Subspace:
     def cover(
         self, shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int] | None]], weights: Weights | None = None
     ) -> Subspace:
-        """Return the subspace with a basis for every layer given as ((out, in), kernel or None), derived or empty."""
+        """Return the subspace with a basis for every layer given as ((out, in), kernel or None), derived or empty.
+
+        A layer that is there keeps its kernel; where none was known, the one given is taken.
+        """
         bases = {
             layer: self.origin.derive(layer, shape, weights) for layer, (shape, _) in shapes.items() if layer not in self.layers
         }
-        kernels = {layer: shapes[layer][1] for layer in bases}
+        kernels = {layer: kernel for layer, (_, kernel) in shapes.items() if kernel}
         return replace(
             self,
             layers=dict(sorted({**self.layers, **bases}.items())),
-            kernels=dict(sorted({**self.kernels, **{layer: kernel for layer, kernel in kernels.items() if kernel}}.items())),
+            kernels=dict(sorted({**kernels, **self.kernels}.items())),
         )
 
     def with_coefficients(self, name: str, coefficients: Mapping[str, Coefficients]) -> Subspace:

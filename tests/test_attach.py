@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -602,6 +603,19 @@ def test_presets_choose_linear_layers(original: Any) -> None:
 @pytest.mark.parametrize("targets", ["(", "no_such_layer"])
 def test_targets_that_choose_nothing_are_refused(original: Any, targets: str) -> None:
     assert f"targets {targets!r}" in refusal(lambda: select(original, targets))
+
+
+def test_columns_of_the_weights_ask_for_the_weights_as_they_are(pipeline: Any) -> None:
+    weights = {path: module.weight.detach() for path, module in select(pipeline).items()}
+    lora = random_lora(pipeline, 2, lambda path: path in weights)
+    fitted = Subspace.fit({"a": lora}, basis="weights", derived_rank=4, weights=weights)
+    subspace = replace(fitted, base=identify(pipeline, "small"))
+    attach(pipeline.to(torch.float16), subspace).detach()
+    assert "rounded otherwise than those were; load the base in float32" in refusal(
+        lambda: attach(pipeline.to(torch.bfloat16), subspace)
+    )
+    learned = replace(Subspace.fit({"a": lora}, capacity=ALL), base=subspace.base)
+    attach(pipeline, learned).detach()  # columns of its own do not care
 
 
 def test_a_change_of_architecture_or_weights_is_another_identity(original: Any) -> None:

@@ -436,6 +436,17 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, damage: str) 
         Subspace.load(tmp_path / "s")
 
 
+def test_a_small_file_cannot_ask_for_any_number_of_columns(tmp_path: Path) -> None:
+    tensors, metadata = file.pack(Subspace.fit({"a": draw(0)}, basis="random", derived_rank=3))
+    metadata = json.loads(json.dumps(metadata))
+    layer, side = metadata["layers"][0][0], 10**7
+    metadata["layers"][0], metadata["origin"]["rank"] = [layer, side, side, None], 10**6
+    tensors |= {f"{layer}.share_{name}": torch.zeros(side, 0).half() for name in ("alpha", "beta")}
+    storage.write(tmp_path / "s", tensors, metadata, expected_generation=None)
+    with pytest.raises(StorageError, match=r"it asks for 20,000,[0-9,]+ numbers of derived columns, and at most"):
+        Subspace.load(tmp_path / "s")
+
+
 def test_weights_of_another_shape_are_another_base(weighted: tuple[Path, Mapping[str, Tensor]]) -> None:
     path, weights = weighted
     narrow = weights | {"unet.a": weights["unet.a"][:, :5]}

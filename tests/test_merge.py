@@ -597,3 +597,18 @@ def test_nothing_of_the_size_of_a_layer_is_formed(capacity: Capacity) -> None:
         subspace.overlap()
     assert 0 < largest.elements <= side * 2 * (2 + 3 * rank)
     assert largest.elements < side * side / 1000
+
+
+@pytest.mark.parametrize("first", [None, (1, 1)])
+def test_a_product_that_tells_no_kernel_goes_beside_a_convolution_of_one_point(first):
+    generator = torch.Generator().manual_seed(0)
+
+    def one(kernel):
+        up, down = (torch.randn(*shape, generator=generator) for shape in ((8, 2), (2, 6)))
+        return LoRA({"unet.proj_in": Factors(up, down, kernel)})
+
+    other = None if first else (1, 1)
+    subspace = Subspace.fit({"a": one(first)}, capacity=ALL).merge({"b": one(other)}, capacity=ALL)
+    assert subspace.lora("a").layers["unet.proj_in"].kernel == subspace.lora("b").layers["unet.proj_in"].kernel == (1, 1)
+    with pytest.raises(ValueError, match="has kernel"):
+        subspace.merge({"c": one((3, 1))})

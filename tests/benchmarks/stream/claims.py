@@ -20,42 +20,63 @@ def ratio(lines: Lines, above: str, below: str, key: str) -> float | None:
     return first / second if first and second else None
 
 
+Claim = tuple[str, str, bool, str]  # what is claimed, of what, whether it holds, the figure
+Target = tuple[str, float | None, str, float]  # what it is, what was measured, the sign, the limit
+
+
 def targets(study: Study, lines: Lines, weights: Found | None = None, long: Mapping[str, Any] | None = None) -> str:
-    """Return the targets of the full run, for the default and for every other mode of Share that was run."""
+    """Return the targets of the full run: of the default one a line, of Share's other ways a line a way."""
+    ways = [name for name in lines if study.plan.methods[name]["kind"] == "share"]
     out = []
-    for name in [name for name in lines if study.plan.methods[name]["kind"] == "share"]:
-        ours, own = lines[name], lines.get("own_lora", {})
-        gap = None
-        if ours["adherence"] is not None and own.get("adherence") is not None:
-            gap = own["adherence"] - ours["adherence"]
-        rows = [
-            ("normalised score", ours["normalised"], ">=", 1.0),
-            ("forgetting", ours["forgetting"], "<=", 0.002),
-            ("judge, relative to own LoRAs", ours["normalised_judge"], ">=", 0.98),
-            ("judge's forgetting", ours["forgetting_judge"], "<=", 0.01),
-            ("adherence below the own LoRAs'", gap, "<=", 0.02),
-            ("own LoRAs' bytes / whole file", ratio(lines, "own_lora", name, "bytes_total"), ">=", 10.0),
-            ("a LoRA's bytes / a further concept's", ratio(lines, "own_lora", name, "bytes_per_concept"), ">=", 20.0),
-            ("a LoRA's trainables / a concept's", ratio(lines, "own_lora", name, "trainable"), ">=", 10.0),
-            ("steps to 95 % / the budget", part(steps_of(ours), study.plan.training.steps), "<=", 0.5),
-            *(others(study, lines) if name == "share" else ()),
-        ]
-        if name == "share" and weights:
-            rows.append(
-                ("a merge's loss above the best joint fit's at the same k (4 to 32)", weights.beyond_the_bound, "<=", 0.02)
-            )
-            rows.append(("stated retention above what is held", weights.overstated, "<=", 1e-6))
-        if name == "share" and long:
-            rows.append((f"{long['concepts']} concepts: the first ten lose", long["first_ten_lose_at_most"], "<=", 0.01))
-            rows.append((f"{long['concepts']} LoRAs' bytes / the file of {long['concepts']}", long["times_smaller"], ">=", 8.0))
-        out.append("\n".join([f"### `{name}`", "", "| | measured | target | reached |", "|---|---|---|---|", *map(line, rows)]))
+    if "share" in ways:
+        rows = [*each(study, lines, "share"), *others(study, lines), *of_the_file(weights, long)]
+        head = ["### `share`", "", "| | measured | target | reached |", "|---|---|---|---|"]
+        out.append("\n".join([*head, *map(line, rows)]))
+    if more := [name for name in ways if name != "share"]:
+        asked = [f"{name} ({sign} {limit:g})" for name, _, sign, limit in each(study, lines, more[0])]
+        head = ["### Share's other ways", "", "In bold what misses the target; empty was not measured.", ""]
+        head += [f"| | {' | '.join(asked)} |", "|---|" + "---|" * len(asked)]
+        out.append("\n".join([*head, *(f"| `{name}` | {' | '.join(map(cell, each(study, lines, name)))} |" for name in more)]))
     return "\n\n".join(out)
+
+
+def each(study: Study, lines: Lines, name: str) -> list[Target]:
+    """Return the targets that any way of Share is held against."""
+    ours, own = lines[name], lines.get("own_lora", {})
+    gap = None
+    if ours["adherence"] is not None and own.get("adherence") is not None:
+        gap = own["adherence"] - ours["adherence"]
+    return [
+        ("normalised score", ours["normalised"], ">=", 1.0),
+        ("forgetting", ours["forgetting"], "<=", 0.002),
+        ("judge, relative to own LoRAs", ours["normalised_judge"], ">=", 0.98),
+        ("judge's forgetting", ours["forgetting_judge"], "<=", 0.01),
+        ("adherence below the own LoRAs'", gap, "<=", 0.02),
+        ("own LoRAs' bytes / whole file", ratio(lines, "own_lora", name, "bytes_total"), ">=", 10.0),
+        ("a LoRA's bytes / a further concept's", ratio(lines, "own_lora", name, "bytes_per_concept"), ">=", 20.0),
+        ("a LoRA's trainables / a concept's", ratio(lines, "own_lora", name, "trainable"), ">=", 10.0),
+        ("steps to 95 % / the budget", part(steps_of(ours), study.plan.training.steps), "<=", 0.5),
+    ]
+
+
+def of_the_file(weights: Found | None, long: Mapping[str, Any] | None) -> list[Target]:
+    """Return the targets of merging and of the long stream, where those were measured."""
+    rows: list[Target] = []
+    if weights:
+        loss = "a merge's loss above the best joint fit's at the same k (4 to 32)"
+        rows.append((loss, weights.beyond_the_bound, "<=", 0.02))
+        rows.append(("stated retention above what is held", weights.overstated, "<=", 1e-6))
+    if long:
+        many = long["concepts"]
+        rows.append((f"{many} concepts: the first ten lose", long["first_ten_lose_at_most"], "<=", 0.01))
+        rows.append((f"{many} LoRAs' bytes / the file of {many}", long["times_smaller"], ">=", 8.0))
+    return rows
 
 
 SINGLE = ("sequential", "joint", "merged", "paper")  # kinds that store no adapter per concept
 
 
-def others(study: Study, lines: Lines) -> list[tuple[str, float | None, str, float]]:
+def others(study: Study, lines: Lines) -> list[Target]:
     """Return how far Share is ahead of the best method without an adapter per concept, and how many methods dominate it.
 
     A method dominates where it is no worse in loss and in pictures and takes no more bytes in all.
@@ -93,64 +114,103 @@ def part(value: float | None, whole: float) -> float | None:
     return None if value is None else value / whole
 
 
-def line(row: tuple[str, float | None, str, float]) -> str:
+def line(row: Target) -> str:
     """Return one target as a line of a table."""
     name, found, sign, limit = row
+    verdict = "no" if found is None else "yes" if holds(row) else "**no**"
+    return f"| {name} | {cell(row).strip('*') or 'not measured'} | {sign} {limit:g} | {verdict} |"
+
+
+def cell(row: Target) -> str:
+    """Return what was measured of a target, bold where it was missed, empty where it was not measured."""
+    found = row[1]
     if found is None:
-        return f"| {name} | not measured | {sign} {limit:g} | no |"
-    holds = found >= limit if sign == ">=" else found <= limit
+        return ""
     told = "never" if math.isinf(found) else f"{found:.4g}"
-    return f"| {name} | {told} | {sign} {limit:g} | {'yes' if holds else '**no**'} |"
+    return told if holds(row) else f"**{told}**"
+
+
+def holds(row: Target) -> bool:
+    """Return whether a target was measured and is reached."""
+    _, found, sign, limit = row
+    return found is not None and (found >= limit if sign == ">=" else found <= limit)
+
+
+RECIPES = {"paper": "the paper's recipe", "paper_tuned": "at its best rate", "share": "Share here"}
 
 
 def claims(study: Study, lines: Lines, weights: Found | None = None) -> str:
     """Return the paper's claims with a yes or no and the figure, for its own recipe and for Share here."""
-    rows: list[tuple[str, str, str, str]] = []
-    for name in ("paper", "paper_tuned", "share"):
-        if name not in lines or "own_lora" not in lines:
-            continue
-        ours = lines[name]
-        fewer = ratio(lines, "own_lora", name, "trainable")
-        if fewer:
-            rows.append(("fewer trainable parameters than a LoRA", name, yes(fewer > 1), f"{fewer:.1f} times"))
-        alone = ratio(lines, "own_lora", name, "bytes_per_concept")
-        if alone:
-            rows.append(("less memory, basis not counted", name, yes(alone > 1), f"{alone:.1f} times"))
-        counted = ratio(lines, "own_lora", name, "bytes_total")
-        if counted:
-            rows.append(
-                (f"less memory, basis counted ({study.horizon} concepts)", name, yes(counted > 1), f"{counted:.2f} times")
-            )
-        if (lost := ours["forgetting"]) is not None:
-            rows.append(("almost no forgetting (below .01)", name, yes(lost < 0.01), f"{lost:.4f}"))
-        if (score := ours["normalised"]) is not None:
-            rows.append(("performance of separate LoRAs (above .98)", name, yes(score > 0.98), f"{score:.3f}"))
-        if (correlation := reconstruction(study, name)) is not None:
-            claim = "the more of its norm a concept keeps, the more of its score (in place of Figure 4; r above .3)"
-            rows.append((claim, name, yes(correlation > 0.3), f"r = {correlation:.2f}"))
-        if (pictures := ours["normalised_judge"]) is not None:
-            claim = "pictures as good as separate LoRAs' after the whole stream (Figure 3, above .98)"
-            rows.append((claim, name, yes(pictures > 0.98), f"{pictures:.3f}"))
-        if (steps := ours["steps_to_95"]) is not None and (alone := lines["own_lora"]["steps_to_95"]):
-            claim = "quicker than a LoRA to 95 % of its gain"
-            rows.append((claim, name, yes(steps < alone), f"{steps} steps, the LoRA {alone}"))
+    told = {name: of_recipe(study, lines, name) for name in RECIPES if name in lines and "own_lora" in lines}
+    tables = []
+    if told:
+        head = ["| claim | " + " | ".join(f"{RECIPES[name]}, `{name}`" for name in told) + " |", "|---|" + "---|" * len(told)]
+        every = dict.fromkeys(claim for found in told.values() for claim in found)
+        rows = [f"| {claim} | {' | '.join(found.get(claim, '') for found in told.values())} |" for claim in every]
+        tables.append("\n".join([*head, *rows]))
+    if more := [*of_transfer(study), *of_weights(weights)]:
+        head = ["| claim | of | holds | figure |", "|---|---|---|---|"]
+        tables.append(
+            "\n".join([*head, *(f"| {claim} | `{name}` | {yes(found)} | {figure} |" for claim, name, found, figure in more)])
+        )
+    return "\n\n".join(tables)
+
+
+def of_recipe(study: Study, lines: Lines, name: str) -> dict[str, str]:
+    """Return the claims about a recipe, each with yes or no and the figure; what was not measured is left out."""
+    ours, own = lines[name], lines["own_lora"]
+    fewer, alone, counted = (ratio(lines, "own_lora", name, key) for key in ("trainable", "bytes_per_concept", "bytes_total"))
+    kept = reconstruction(study, name)
+    rows = [
+        ("fewer trainable parameters than a LoRA", fewer, lambda found: found > 1, "{:.1f} times"),
+        ("less memory, basis not counted", alone, lambda found: found > 1, "{:.1f} times"),
+        (f"less memory, basis counted ({study.horizon} concepts)", counted, lambda found: found > 1, "{:.2f} times"),
+        ("almost no forgetting (below .01)", ours["forgetting"], lambda found: found < 0.01, "{:.4f}"),
+        ("performance of separate LoRAs (above .98)", ours["normalised"], lambda found: found > 0.98, "{:.3f}"),
+        (
+            "the more of its norm a concept keeps, the more of its score (in place of Figure 4; r above .3)",
+            kept,
+            lambda found: found > 0.3,
+            "r = {:.2f}",
+        ),
+        (
+            "pictures as good as separate LoRAs' after the whole stream (Figure 3, above .98)",
+            ours["normalised_judge"],
+            lambda found: found > 0.98,
+            "{:.3f}",
+        ),
+    ]
+    told = {claim: f"{yes(holds(found))}, {figure.format(found)}" for claim, found, holds, figure in rows if found is not None}
+    if (steps := steps_of(ours)) is not None and (theirs := own["steps_to_95"]):
+        figure = f"{'never' if math.isinf(steps) else f'{steps} steps'}, the LoRA {theirs}"
+        told["quicker than a LoRA to 95 % of its gain"] = f"{yes(steps < theirs)}, {figure}"
+    return told
+
+
+def of_transfer(study: Study) -> list[Claim]:
+    """Return what columns learned from earlier concepts are worth to later ones, against each null."""
+    rows: list[Claim] = []
     for ours, null, what, against in COMPARISONS:
-        found = gain(pairs(study, ours, null), study.plan.training.steps)
-        if found:
+        if found := gain(pairs(study, ours, null), study.plan.training.steps):
             transferred = study.plan.methods[ours].get("start", 0)  # other columns know nothing of earlier concepts
             claim = f"{'forward transfer: ' if transferred else 'not the paper: '}{what} against {against}"
-            rows.append((claim, ours, yes(found[1] > 0), f"{found[0]:+.3f}, 95 % {found[1]:+.3f} to {found[2]:+.3f}"))
+            rows.append((claim, ours, found[1] > 0, f"{found[0]:+.3f}, 95 % {found[1]:+.3f} to {found[2]:+.3f}"))
+    return rows
+
+
+def of_weights(weights: Found | None) -> list[Claim]:
+    """Return what the paper says of subspaces alone, as far as it was measured."""
+    rows: list[Claim] = []
     if weights and weights.tail is not None:
         claim = "a fit loses exactly its tail energy (Proposition 1, an identity)"
-        rows.append((claim, "raw", yes(weights.tail < 1e-6), f"within {weights.tail:.0e} of it"))
+        rows.append((claim, "raw", weights.tail < 1e-6, f"within {weights.tail:.0e} of it"))
     if weights and weights.overlaps:
         counts = sorted(weights.overlaps)
         half, sides = counts[len(counts) // 2 - 1], ("overlap alpha", "overlap beta")
         near = [weights.overlaps[half][side] for side in sides]
         claim = f"the subspace converges (Figures 1 and 5): overlap with the last above .9 after {half} of {counts[-1]}"
-        rows.append((claim, "joint", yes(min(near) > 0.9), f"inputs {near[0]:.2f}, outputs {near[1]:.2f}"))
-    body = [f"| {claim} | `{name}` | {verdict} | {figure} |" for claim, name, verdict, figure in rows]
-    return "\n".join(["| claim | method | holds | figure |", "|---|---|---|---|", *body]) if body else ""
+        rows.append((claim, "joint", min(near) > 0.9, f"inputs {near[0]:.2f}, outputs {near[1]:.2f}"))
+    return rows
 
 
 def yes(holds: bool) -> str:

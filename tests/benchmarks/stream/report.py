@@ -140,8 +140,14 @@ def introduction(found: Study, summary: Mapping[str, Any]) -> str:
         f"every method, the same pictures, noise and prompts. Loss is measured at fixed noise on {measures.held_out} "
         f"pictures in combinations that nothing was trained on; the judge sees {measures.pictures} pictures of a "
         f"concept at other unseen prompts, {measures.sampling_steps} steps each. A score of 1 is the concept's own "
-        f"LoRA, 0 the untouched base.\n\nMeasured at {', '.join(commits) or 'no commit'} with {versions()}."
+        f"LoRA, 0 the untouched base.\n\nMeasured at {named(commits)} with {versions()}."
     )
+
+
+def named(commits: Sequence[str]) -> str:
+    """Return which commits these are, or where they stand where they are many."""
+    few = ", ".join(commits) or "no commit"
+    return few if len(commits) <= 6 else f"{len(commits)} commits, each cell's beside it in `cells.csv`,"
 
 
 def versions() -> str:
@@ -374,14 +380,17 @@ def notes(results: Path) -> str:
 
 
 def progress(found: Study) -> str:
-    """Return which cells are finished and what the rest costs at most; a method without a cell goes at the others' pace."""
+    """Return what is finished and what the rest costs at most; a method without a cell goes at the others' pace.
+
+    Finished variants of an ablation are counted, not listed.
+    """
     out = ["| method | streams asked for | finished | seconds a concept | hours left |", "|---|---|---|---|---|"]
     pace = {
         name: [row["seconds"] for row in found.rows if row["method"] == name and row["seconds"] != ""]
         for name in found.plan.methods
     }
     usual = mean(second for seconds in pace.values() for second in seconds) if any(pace.values()) else 0.0
-    total = 0.0
+    total, variants = 0.0, 0
     for name, settings in found.plan.methods.items():
         asked, length = found.plan.runs(name), found.plan.length(name)
         reached = [found.matrices.get(name, {}).get(pair) for pair in asked]
@@ -389,8 +398,14 @@ def progress(found: Study) -> str:
         each = 0.0 if settings["kind"] in UNTRAINED else mean(pace[name] or [usual])
         total += (hours := left * each / 3600)
         done = sum(1 for one in reached if one and one.reached == length)
+        if "table" in settings and done == len(asked):
+            variants += 1
+            continue
         out.append(f"| `{name}` | {len(asked)} | {done} | {f'{mean(pace[name]):.0f}' if pace[name] else ''} | {hours:.1f} |")
-    out.append(f"\nTraining left: at most {total:.1f} hours at the measured pace; drawing and losses come on top.")
+    out.append(
+        f"\nOf the ablations {variants} variants are finished. Training left: at most {total:.1f} hours at the measured pace; "
+    )
+    out[-1] += "drawing and losses come on top."
     return "\n".join(out)
 
 
