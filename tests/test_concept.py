@@ -1,5 +1,6 @@
 """Facts about learning a concept: resumption is bit-exact, failures change nothing, earlier concepts stay as they were."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from tiny_models import BUILDERS, save
 
+from share_diffusion import storage
 from share_diffusion.adapt import MODES
 from share_diffusion.asynchronous import merge_files
 from share_diffusion.progress import read_progress
@@ -253,6 +255,27 @@ def test_columns_are_measured_once_and_written_before_anything_trains(workplace,
     assert run(*words) == 0
     assert "are measured once" not in capsys.readouterr().out
     assert Subspace.load(file).origin == begun.origin
+    assert list(Subspace.load(file).concepts) == ["mycat"]
+
+
+def test_a_file_that_another_run_begins_is_waited_for(workplace, monkeypatch, capsys):
+    save(BUILDERS["sd"](), workplace / "other")
+    words = ["--concept", "mycat", *own_photos(workplace), "--base", "other", "--targets", "attention"]
+    file, ready, lock = workplace / "outputs/other/subspace.safetensors", workplace / "ready.safetensors", storage.locked
+    assert run(*words, "--patch", "mycat.patch.safetensors") == 0  # which leaves the file without concepts
+    capsys.readouterr()
+    file.rename(ready)
+
+    @contextlib.contextmanager
+    def wait(path, **options):
+        with lock(path, **options):
+            if not file.exists():
+                ready.rename(file)  # what the other one had measured
+            yield
+
+    monkeypatch.setattr(storage, "locked", wait)
+    assert run(*words) == 0
+    assert "are measured once" not in capsys.readouterr().out
     assert list(Subspace.load(file).concepts) == ["mycat"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from flags import capacity_of, most_norm, rates_of, snr_of
-from start import Run, open_subspace
+from start import LOCK_SECONDS, Run, open_subspace
 from tqdm import tqdm
 from watch import forgetting, refuse_nan
 
@@ -22,8 +22,6 @@ from share_diffusion.patch import make_patch, write_patch
 from share_diffusion.plan import lora_numbers
 from share_diffusion.schedules import rate_factor
 from share_diffusion.subspace import Subspace
-
-LOCK_SECONDS = 600.0  # another run may be fine-tuning after its merge
 
 
 def fold_in(run: Run, learner: Learner, losses: dict[str, Any]) -> tuple[Subspace, Subspace, bool]:

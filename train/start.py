@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from flags import PRECISIONS, ConceptSettings, capacity_of, objective_of, origin_of, variation_of
 from torch import nn
 
-from share_diffusion import loop
+from share_diffusion import loop, storage
 from share_diffusion.adapt import Adaptation, Learner
 from share_diffusion.attached import Attached
 from share_diffusion.base import base_name, load_base
@@ -39,10 +39,11 @@ from share_diffusion.price import least_bytes
 from share_diffusion.recipe import Recipe, find_recipe
 from share_diffusion.step import draw_step
 from share_diffusion.subsets import read_subsets
-from share_diffusion.subspace import Subspace, refuse
+from share_diffusion.subspace import Origin, Subspace, refuse
 from share_diffusion.world.render import render_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK_SECONDS = 600.0  # another run may be measuring columns, or fine-tuning after its merge
 
 
 @dataclass(frozen=True)
@@ -305,18 +306,31 @@ def begin_file(
             f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
             "begin it where that fits (share-diffusion measure), or leave --basis out"
         )
-    if accelerator.is_main_process and not file.exists():  # the others may look when it is there already, and wait all the same
-        survey = Survey(batch=min(settings.train_batch_size, Survey.batch), resolution=settings.resolution)
-        if not known:
-            accelerator.print(
-                f"{file} is new: its columns are measured once, on {survey.pictures} pictures that the base draws"
-            )
-            if settings.gradient_checkpointing:
-                checkpoint_gradients(pipeline)
+    if accelerator.is_main_process:  # the others may look when it is there already, and wait all the same
         file.parent.mkdir(parents=True, exist_ok=True)
-        with accelerator.autocast():
-            begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path), survey)
+        with storage.locked(file, timeout=LOCK_SECONDS):  # whoever begins the same file beside this run is waited for
+            if not file.exists():
+                measure(settings, accelerator, pipeline, file, modules, origin, known)
     accelerator.wait_for_everyone()
+
+
+def measure(
+    settings: ConceptSettings,
+    accelerator: Accelerator,
+    pipeline: Any,
+    file: Path,
+    modules: dict[str, nn.Module],
+    origin: Origin,
+    known: Origin | None,
+) -> None:
+    """Write the file without concepts; its columns are those `known` of the base, or are measured now."""
+    survey = Survey(batch=min(settings.train_batch_size, Survey.batch), resolution=settings.resolution)
+    if not known:
+        accelerator.print(f"{file} is new: its columns are measured once, on {survey.pictures} pictures that the base draws")
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(pipeline)
+    with accelerator.autocast():
+        begin(file, pipeline, modules, origin, base_name(settings.pretrained_model_name_or_path), survey)
 
 
 def open_subspace(

@@ -166,8 +166,10 @@ class JointLoRA:
 
     every_step = False
 
-    def __init__(self, bench: Workbench, seed: int, rank: int | None = None) -> None:
-        self.bench, self.seed, self.rank = bench, seed, rank or bench.plan.training.rank
+    def __init__(self, bench: Workbench, seed: int, rank: int | None = None, rate: float | None = None) -> None:
+        training = bench.plan.training
+        self.bench, self.seed, self.rank = bench, seed, rank or training.rank
+        self.rates = training.rate, rate or training.lora_rate
         self.concepts: list[str] = []
         self.trained: tuple[int, LoRA] = (0, LoRA({}))
 
@@ -181,12 +183,12 @@ class JointLoRA:
             data = self.bench.materials(*((name, None) for name in self.concepts))
             training = self.bench.plan.training
             learner = make_learner(self.bench.modules, {}, Adaptation("lora", rank=self.rank), {}, self.seed)
-            rates, steps = (training.rate, training.lora_rate), training.steps * len(self.concepts)
+            steps = training.steps * len(self.concepts)
 
             def batches(step: int) -> Batch:
                 return data, self.bench.draw(data, training.batch, self.seed, step)
 
-            self.bench.teach(learner, None, batches, rates, steps)
+            self.bench.teach(learner, None, batches, self.rates, steps)
             self.trained = len(self.concepts), learner.lora()
         return self.trained[1]
 
