@@ -53,7 +53,7 @@ def spectra(subspace: Subspace) -> pd.DataFrame:
     Singular values of the cores side by side, [C_1 | C_2 | ...] (k', n k), each concept of norm one, mean over layers.
     """
     groups: dict[str, list[torch.Tensor]] = {}
-    for layer, names in block_groups(subspace.layers).items():
+    for layer, names in block_groups(subspace.layers, subspace.base.blocks).items():
         rank = subspace.layers[layer].rank
         some = [subspace[name] for name in shown_names(subspace)]
         cores = [

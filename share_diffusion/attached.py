@@ -24,7 +24,7 @@ from share_diffusion.active import Active, Moment
 from share_diffusion.blend import Blend
 from share_diffusion.cores import CoreTable, frame, narrow
 from share_diffusion.layer import ShareLayer, Update, cast_update, wrap
-from share_diffusion.models.blocks import block_groups, sees_text
+from share_diffusion.models.blocks import block_groups, blocks_of, sees_text
 from share_diffusion.models.calls import caller, order_of_samples, progress, read_call
 from share_diffusion.models.identity import identify, precision_of, weight_of
 from share_diffusion.models.layers import components, layers, parent_of, shape_of
@@ -89,7 +89,7 @@ class AttachedSubspace(Attached):
         except BaseException:  # the device may be full
             super().detach()
             raise
-        self.table = CoreTable(subspace, block_groups(layers(pipeline).keys() & subspace.layers.keys()))
+        self.table = CoreTable(subspace, block_groups(subspace.layers, blocks_of(layers(pipeline))))
         self.active = Active(self.blends, self.table, {})
         self.shown: dict[str, tuple[Moment, tuple[int, ...] | None]] = {}
         self.field: Field | None = None

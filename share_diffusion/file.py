@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     kernels = {layer: list(kernel) for layer, kernel in subspace.kernels.items()}
     return tensors, {
         **subspace.extra,
-        "base": {**asdict(subspace.base), "weights": list(subspace.base.weights)},
+        "base": subspace.base.facts,
         "origin": subspace.origin.facts,
         "basis_version": subspace.basis_version,
         "layers": [[layer, *shapes[layer], kernels.get(layer)] for layer in order],
@@ -135,7 +135,7 @@ def unpack(
     metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], generation: int, weights: Weights | None, look: bool
 ) -> Subspace:
     """Return the subspace that a file's content describes."""
-    base = BaseIdentity(**{**metadata["base"], "weights": tuple(metadata["base"]["weights"])})
+    base = BaseIdentity.of(metadata["base"])
     shapes = {layer: (out, width) for layer, out, width, _ in metadata["layers"]}
     kernels = {layer: (kernel[0], kernel[1]) for layer, _, _, kernel in metadata["layers"] if kernel}
     origin = Origin(**metadata["origin"])

@@ -49,7 +49,7 @@ def overlaps(subspace: Subspace, names: Iterable[str] | None = None) -> list[Ove
     chosen = [subspace[name].name for name in (subspace.concepts if names is None else dict.fromkeys(names))]
     if len(chosen) > MOST:
         raise ValueError(f"{len(chosen)} concepts make too many pairs; name at most {MOST} of them")
-    table = CoreTable(subspace, block_groups(subspace.layers))
+    table = CoreTable(subspace, block_groups(subspace.layers, subspace.base.blocks))
     whole, parts = cosines(table, chosen)
     pairs = [
         Overlap(chosen[i], chosen[j], float(whole[i, j]), {group: float(part[i, j]) for group, part in parts.items()})

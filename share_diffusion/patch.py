@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -191,8 +191,13 @@ def pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
         layers.append([layer, *patch.known[layer], entry.pseudo_rank, list(kernel) if kernel else None])
     tensors["coefficients"] = half(torch.cat(parts) if parts else torch.zeros(0), patch.name)
     about = {key: getattr(patch, key) for key in ("name", "kind", "trigger", "norm", "version")}
-    base = {**asdict(patch.base), "weights": list(patch.base.weights)}
-    content = {**about, "base": base, "origin": patch.origin.facts, "layers": layers, "details": dict(patch.details)}
+    content = {
+        **about,
+        "base": patch.base.facts,
+        "origin": patch.origin.facts,
+        "layers": layers,
+        "details": dict(patch.details),
+    }
     return tensors, {"patch": content}
 
 
@@ -210,7 +215,7 @@ def unpack(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
     }
     return Patch(
         **{key: content[key] for key in ("name", "kind", "trigger", "norm", "version", "details")},
-        base=BaseIdentity(**{**content["base"], "weights": tuple(content["base"]["weights"])}),
+        base=BaseIdentity.of(content["base"]),
         origin=Origin(**content["origin"]),
         known={layer: (alpha, beta) for layer, (alpha, beta, _) in rows.items()},
         extension=extension,

@@ -116,12 +116,26 @@ def layer_seed(seed: int, layer: str, side: str) -> int:
 class BaseIdentity:
     """Which frozen base a subspace belongs to: a name for people, a digest of its architecture, a few of its weights.
 
-    The weights are compared with a tolerance, so that the same base in half precision is the same base.
+    The weights are compared with a tolerance, so that the same base in half precision is the same base. `blocks` is how many
+    double and single blocks a transformer has, by which block groups are told (`models/blocks.py`).
     """
 
     name: str = ""
     architecture: str = ""
     weights: tuple[float, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> BaseIdentity:
+        """Return the identity that a file's metadata tells."""
+        lists = {key: tuple(facts[key]) for key in ("weights", "blocks") if key in facts}
+        return cls(**{**facts, **lists})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a file's metadata tells of it."""
+        known = {"name": self.name, "architecture": self.architecture, "weights": list(self.weights)}
+        return {**known, "blocks": list(self.blocks)} if self.blocks else known
 
     def mismatch(self, other: BaseIdentity) -> str | None:
         """Return why `other` is not this base, or None; what is not known of either side matches everything."""

@@ -41,7 +41,7 @@ def subspace() -> Subspace:
 
 @pytest.fixture(scope="module")
 def table(subspace: Subspace) -> CoreTable:
-    return CoreTable(subspace, block_groups(subspace.layers))
+    return CoreTable(subspace, block_groups(subspace.layers, subspace.base.blocks))
 
 
 def dense(subspace: Subspace, cores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def test_a_tag_with_two_weights_needs_no_adapted_text_encoder() -> None:
     path = "unet.down_blocks.1.attn1.to_q"
     lora = LoRA({path: draw(0).layers[path]})
     bare = Subspace.fit({"a": lora}, capacity=Capacity(retain=None))
-    table = CoreTable(bare, block_groups(bare.layers))
+    table = CoreTable(bare, block_groups(bare.layers, bare.base.blocks))
     expected = merged(table, "a:0.8")[path]
     for tag in ("<lora:a:0.8:0.8>", "<lora:a:0.3:0.8>"):
         blend = read_prompt(tag)[1]

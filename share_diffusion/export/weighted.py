@@ -73,7 +73,7 @@ def overflow_problem(subspace: Subspace, term: Term) -> str | None:
 
 def merged(subspace: Subspace, blend: Blend) -> dict[str, Tensor]:
     """Return the cores of a blend with block groups or a merge method, as they act when it is attached."""
-    table = CoreTable(subspace, block_groups(subspace.layers))
+    table = CoreTable(subspace, block_groups(subspace.layers, subspace.base.blocks))
     active = Active([blend], table, {})
     moment = active.moment(0.0)
     acting, flat = active.layers(moment), active.flat(moment, 0, table.width)[0, 0]

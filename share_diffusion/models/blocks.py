@@ -1,14 +1,15 @@
 """Where in a model a layer lies: its block groups, and whether it sees text, the picture or neither.
 
 UNet           down_blocks, conv_in, embeddings: down;  mid_block: mid;  up_blocks, conv_out: up;  `down.1` is one block
-transformer    its blocks in order (double ones before single ones), by thirds: early, mid, late;  `mid.20` is one block
+transformer    its blocks in order (double ones before single ones), by thirds: early, mid, late;  `mid.20` is one block,
+               the 21st of the model, whichever of its blocks are adapted
 text encoders  text;  `text.2` is the second
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 BLOCK = re.compile(r"^transformer\.(single_)?(?:transformer_)?blocks\.(\d+)\.")
 UNET = ((r"down_blocks\.(\d+)", "down"), (r"mid_block", "mid"), (r"up_blocks\.(\d+)", "up"), (r"conv_(norm_)?out", "up"))
@@ -17,12 +18,22 @@ TEXT_SIDE = re.compile(
 )
 
 
-def block_groups(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return every layer's groups, from the widest (`all`) to the narrowest."""
+def block_groups(paths: Iterable[str], blocks: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
+    """Return every layer's groups, from the widest (`all`) to the narrowest.
+
+    `blocks` is how many double and single blocks the transformer has (`blocks_of` all its layers); where it is not known,
+    as of LoRA files that name no base, those up to the last adapted one are taken for all.
+    """
     paths = list(paths)
-    blocks = {block for block in map(block_of, paths) if block is not None}
-    order = {block: place for place, block in enumerate(sorted(blocks))}
-    return {path: ("all", *groups_of(path, order)) for path in paths}
+    blocks = tuple(blocks) or blocks_of(paths)
+    return {path: ("all", *groups_of(path, blocks)) for path in paths}
+
+
+def blocks_of(paths: Iterable[str]) -> tuple[int, ...]:
+    """Return how many double and single blocks a transformer with these layers has; empty where there are none."""
+    found = [block for block in map(block_of, paths) if block is not None]
+    ends = [max((number + 1 for single, number in found if single == kind), default=0) for kind in (False, True)]
+    return tuple(ends) if found else ()
 
 
 def block_of(path: str) -> tuple[bool, int] | None:
@@ -31,8 +42,8 @@ def block_of(path: str) -> tuple[bool, int] | None:
     return (match[1] is not None, int(match[2])) if match else None
 
 
-def groups_of(path: str, order: dict[tuple[bool, int], int]) -> tuple[str, ...]:
-    """Return a layer's groups; `order` numbers the transformer's blocks."""
+def groups_of(path: str, blocks: Sequence[int]) -> tuple[str, ...]:
+    """Return a layer's groups; `blocks` counts the transformer's double and single blocks."""
     component, _, module = path.partition(".")
     if component.startswith("text_encoder"):
         return "text", f"text.{component.removeprefix('text_encoder').removeprefix('_') or 1}"
@@ -40,8 +51,9 @@ def groups_of(path: str, order: dict[tuple[bool, int], int]) -> tuple[str, ...]:
         block = block_of(path)
         if block is None:
             return ("late" if re.match(r"(proj|norm)_out", module) else "early",)
-        place = order[block]
-        third = ("early", "mid", "late")[3 * place // len(order)]
+        single, number = block
+        place, count = number + blocks[0] * single, max(sum(blocks), 1)
+        third = ("early", "mid", "late")[min(3 * place // count, 2)]
         return third, f"{third}.{place}"
     for pattern, group in UNET:
         if match := re.match(pattern, module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from share_diffusion.models.blocks import blocks_of
 from share_diffusion.models.layers import layers, shape_of
 from share_diffusion.subspace import BaseIdentity
 
@@ -35,12 +36,13 @@ def identify(pipeline: Any, name: str = "") -> BaseIdentity:
     everything = layers(pipeline)
     lines = [f"{path} {shape_of(module)}" for path, module in sorted(everything.items())]
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    blocks = blocks_of(everything)
     chosen = [module for _, module in sorted(everything.items()) if isinstance(getattr(module, "base", module), nn.Linear)]
     picked = [weight_of(chosen[index * len(chosen) // PROBES]) for index in range(PROBES)]
     if not all(is_readable(weight) for weight in picked):
-        return BaseIdentity(name, architecture)
+        return BaseIdentity(name, architecture, blocks=blocks)
     values = tuple(float(f"{float(weight[0, index % weight.shape[1]]):.5g}") for index, weight in enumerate(picked))
-    return BaseIdentity(name, architecture, values)
+    return BaseIdentity(name, architecture, values, blocks)
 
 
 def is_readable(weight: Tensor) -> bool:
