@@ -312,14 +312,14 @@ def origin_of(settings: ConceptSettings) -> Origin:
     return Origin(kind, settings.derived_rank if kind != "adapters" else 0, settings.seed if kind == "random" else 0)
 
 
-def precision_of(settings: ConceptSettings) -> str:
+def mixed_precision_of(settings: ConceptSettings) -> str:
     """Return the precision of the forward pass that is asked for, by the flag or by accelerate."""
     return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def check(settings: ConceptSettings) -> ConceptSettings:
     """Return the settings with their precision known; refuses what cannot be meant, before any work and all at once."""
-    told = precision_of(settings)
+    told = mixed_precision_of(settings)
     problems = out_of_range(settings, RULES)
     for part in (optimizer_of, budget_of):
         try:

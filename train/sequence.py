@@ -169,7 +169,7 @@ def begin(settings: SequenceSettings, file: Path) -> None:
     words += ["--batch", str(min(settings.train_batch_size, 8))]
     words += ["--resolution", str(settings.resolution)] if settings.resolution else []
     words += ["--gradient_checkpointing"] if settings.gradient_checkpointing else []
-    precision = PRECISIONS[flags.precision_of(settings)]
+    precision = PRECISIONS[flags.mixed_precision_of(settings)]
     words += ["--precision", str(precision).removeprefix("torch.")]
     words += ["--prediction_type", settings.prediction_type] if settings.prediction_type else []
     words += ["--device", "cpu"] if settings.cpu else []
