@@ -1,4 +1,4 @@
-"""Facts about LoRA files: what a dialect says, no more and no less, and that other programs hear the same.
+"""Facts about LoRA files that are read: what a dialect says, no more and no less, and that other programs hear the same.
 
 The references are dense updates dW, diffusers and peft themselves on small real models, and files found in the wild.
 """
@@ -8,51 +8,41 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from lora_files import (
+    CONV,
+    KOHYA_Q,
+    OUT_PROJ,
+    Q_PROJ,
+    TO_OUT,
+    TO_Q,
+    adaptable,
+    added,
+    clip_output,
+    layer_of,
+    pair,
+    random_lora,
+    refusal,
+    saved,
+    small_clip,
+    small_unet,
+    unet_output,
+)
 from torch import Tensor, nn
 
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.lora.names import VOCABULARIES, apart, canonical, dotted, underscored
 from share_diffusion.lora.peft import write_peft
 
-TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-TO_OUT = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0"
-Q_PROJ = "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"
-OUT_PROJ = "text_encoder.text_model.encoder.layers.3.self_attn.out_proj"
-CONV = "unet.down_blocks.1.resnets.0.conv1"
-
-Pair = tuple[Tensor, Tensor]
-
-
-def pair(out: int, into: int, rank: int, seed: int = 0) -> Pair:
-    """A random (up, down)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(out, rank, generator=generator), torch.randn(rank, into, generator=generator)
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """A file with these tensors."""
-    path = folder / "one.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def refusal(action: Callable[[], object]) -> str:
-    """The message of the ValueError that an action must raise."""
-    with pytest.raises(ValueError) as caught:
-        action()
-    return str(caught.value)
+unet = pytest.fixture(scope="module")(small_unet)
+clip = pytest.fixture(scope="module")(small_clip)
 
 
 # Factors
@@ -123,7 +113,6 @@ def test_a_layer_outside_every_component_is_refused() -> None:
 # Dialects: the same dense update, spelled by hand in each of them
 
 
-KOHYA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 OLD_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
 OLD_OUT = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.processor.to_out_lora"
 TE = "text_model.encoder.layers.3.self_attn"
@@ -287,89 +276,6 @@ def test_a_peft_file_without_its_config_is_refused(tmp_path: Path) -> None:
     stem = "base_model.model.mid_block.attentions.0.proj_in"
     path = saved(tmp_path, {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up})
     assert "put that file beside this one" in refusal(lambda: LoRA.read(path))
-
-
-# Small real models
-
-
-def small_unet() -> nn.Module:
-    """A UNet of the shape of SD 1.x with random weights."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
-
-
-def small_clip() -> nn.Module:
-    """A CLIP text encoder with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(1)
-    tokens = {"vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return CLIPTextModel(CLIPTextConfig.from_dict(tokens | sizes)).eval()
-
-
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return small_unet()
-
-
-@pytest.fixture(scope="module")
-def clip() -> nn.Module:
-    return small_clip()
-
-
-def adaptable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear and convolution of a model by its own name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-
-
-def layer_of(component: str, name: str) -> str:
-    """The layer path of a module, whichever way this version of transformers spells it."""
-    return f"{component}.text_model.{name}" if name.startswith("encoder.layers.") else f"{component}.{name}"
-
-
-def random_lora(models: dict[str, nn.Module], rank: Callable[[int], int] = lambda index: 2) -> LoRA:
-    """A random update of every linear and convolution, `rank(index)` for the index-th of them."""
-    layers: dict[str, Factors] = {}
-    for component, model in models.items():
-        for index, (name, module) in enumerate(adaptable(model).items()):
-            out, into = module.weight.flatten(1).shape
-            kernel = tuple(module.weight.shape[2:]) if module.weight.ndim == 4 else None
-            up, down = pair(out, into, rank(index), index)
-            layers[layer_of(component, name)] = Factors(up * 0.05, down / math.sqrt(into), kernel)  # type: ignore
-    return LoRA(layers)
-
-
-def added(model: nn.Module, component: str, lora: LoRA) -> nn.Module:
-    """A copy of a model with dW added to its weights."""
-    changed = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, module in adaptable(changed).items():
-            module.weight += lora.layers[layer_of(component, name)].dense()
-    return changed
-
-
-def unet_output(model: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    sample, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
-    with torch.no_grad():
-        return model(sample, 500, text).sample
-
-
-def clip_output(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(torch.arange(7)[None]).last_hidden_state
 
 
 # Names
@@ -537,334 +443,7 @@ def assert_updates(lora: LoRA, deltas: dict[str, Tensor]) -> None:
         torch.testing.assert_close(lora.layers[f"unet.{name}"].dense(), delta, atol=1e-4, rtol=1e-4)
 
 
-# Writing
-
-
-@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
-def test_what_is_written_reads_back_to_the_last_bit_of_its_dtype(tmp_path: Path, unet, clip, dialect: str) -> None:
-    lora = random_lora({"unet": unet, "text_encoder": clip}, rank=lambda index: 3)
-    lora.write(tmp_path / "a.safetensors", dialect)
-    back = LoRA.read(tmp_path / "a.safetensors")
-    assert list(back.layers) == list(lora.layers)
-    for layer, factors in lora.layers.items():
-        assert torch.equal(back.layers[layer].up, factors.up.half().float())
-        assert torch.equal(back.layers[layer].down, factors.down.half().float())
-        assert back.layers[layer].kernel == factors.kernel
-
-
-def test_a_kohya_file_holds_nothing_but_down_up_and_alpha(tmp_path: Path) -> None:
-    layers = {layer: Factors(*pair(6, 5, 3)) for layer in (TO_Q, Q_PROJ)} | {CONV: Factors(*pair(8, 36, 3), (3, 3))}
-    LoRA(layers).write(tmp_path / "my style.safetensors")
-    tensors = load_file(tmp_path / "my style.safetensors")
-    conv, text = "lora_unet_down_blocks_1_resnets_0_conv1", "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
-    assert set(tensors) == {
-        f"{stem}.{end}" for stem in (KOHYA_Q, conv, text) for end in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
-    assert tensors[f"{conv}.lora_down.weight"].shape == (3, 4, 3, 3)
-    assert tensors[f"{conv}.lora_up.weight"].shape == (8, 3, 1, 1)
-    assert [float(tensors[f"{stem}.alpha"]) for stem in (KOHYA_Q, conv, text)] == [3, 3, 3]
-    assert {tensor.dtype for tensor in tensors.values() if tensor.ndim} == {torch.float16}
-    with safe_open(tmp_path / "my style.safetensors", "pt") as file:
-        assert file.metadata() == {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": "3",
-            "ss_network_alpha": "3",
-            "ss_output_name": "my style",
-        }
-
-
-def test_layers_of_different_rank_share_one_alpha(tmp_path: Path) -> None:
-    ranks = {TO_Q: 2, TO_OUT: 2, CONV: 5, Q_PROJ: 1}
-    layers = {layer: Factors(*pair(6, 8, rank)) for layer, rank in ranks.items()}
-    LoRA(layers).write(tmp_path / "a.safetensors")
-    tensors, lora = load_file(tmp_path / "a.safetensors"), LoRA.read(tmp_path / "a.safetensors")
-    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {2.0}
-    assert (lora.metadata["ss_network_alpha"], lora.metadata["ss_network_dim"]) == ("2", "5")
-    for layer, factors in layers.items():
-        torch.testing.assert_close(lora.layers[layer].dense(), factors.dense(), atol=2e-2, rtol=2e-3)
-
-
-def test_alpha_is_exact_in_a_dtype_that_cannot_count_that_far(tmp_path: Path) -> None:
-    LoRA({TO_Q: Factors(*pair(4, 4, 257))}).write(tmp_path / "a.safetensors", dtype=torch.bfloat16)
-    assert float(load_file(tmp_path / "a.safetensors")[f"{KOHYA_Q}.alpha"]) == 257
-
-
-def test_a_diffusers_file_tells_its_ranks_where_they_differ(tmp_path: Path) -> None:
-    ranks = {TO_Q: 2, TO_OUT: 2, CONV: 5, Q_PROJ: 1}
-    LoRA({layer: Factors(*pair(6, 8, rank)) for layer, rank in ranks.items()}).write(tmp_path / "a.safetensors", "diffusers")
-    told = json.loads(LoRA.read(tmp_path / "a.safetensors").metadata["lora_adapter_metadata"])
-    assert told["unet.r"] == told["unet.lora_alpha"] == 2
-    assert told["unet.rank_pattern"] == told["unet.alpha_pattern"] == {CONV[5:]: 5}
-    assert told["text_encoder.r"] == told["text_encoder.lora_alpha"] == 1
-    assert told["text_encoder.target_modules"] == ["encoder.layers.3.self_attn.q_proj"]
-
-
-def test_the_first_text_encoder_is_te_alone_and_te1_beside_a_second(tmp_path: Path) -> None:
-    second = Q_PROJ.replace("text_encoder", "text_encoder_2")
-    layers = {layer: Factors(*pair(4, 4, 1)) for layer in (Q_PROJ, second)}
-    LoRA(layers).write(tmp_path / "a.safetensors")
-    assert {key.split("_text_model")[0] for key in load_file(tmp_path / "a.safetensors")} == {"lora_te1", "lora_te2"}
-    assert list(LoRA.read(tmp_path / "a.safetensors").layers) == [Q_PROJ, second]
-
-
-@pytest.mark.parametrize(("words", "prefix"), [(768, "lora_te"), (1024, "lora_te"), (2048, "lora_te1")])
-def test_the_first_text_encoder_of_sdxl_is_te1_even_alone(tmp_path: Path, words: int, prefix: str) -> None:
-    attention = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-    LoRA({Q_PROJ: Factors(*pair(4, 4, 1)), attention: Factors(*pair(4, words, 1))}).write(tmp_path / "a.safetensors")
-    stems = {key.split("_text_model")[0] for key in load_file(tmp_path / "a.safetensors") if "_te" in key}
-    assert stems == {prefix}
-    assert list(LoRA.read(tmp_path / "a.safetensors").layers) == [Q_PROJ, attention]
-
-
-def test_metadata_goes_along_except_what_described_the_old_file(tmp_path: Path) -> None:
-    old = {"ss_base_model_version": "sd_v1", "ss_network_alpha": "99", "sshs_model_hash": "00", "ss_output_name": "old"}
-    old |= {"lora_adapter_metadata": '{"unet.lora_alpha": 99}', "adapter_config": "{}"}
-    lora = LoRA({TO_Q: Factors(*pair(6, 5, 2))}, old)
-    lora.write(tmp_path / "a.safetensors", metadata={"modelspec.title": "A <title>"})
-    metadata = LoRA.read(tmp_path / "a.safetensors").metadata
-    assert metadata.pop("ss_network_module") == "networks.lora"
-    expected = {"ss_base_model_version": "sd_v1", "modelspec.title": "A <title>", "ss_output_name": "a"}
-    assert metadata == expected | {"ss_network_dim": "2", "ss_network_alpha": "2"}
-    lora.write(tmp_path / "b.safetensors", "diffusers", metadata={"ss_output_name": "mine"})
-    metadata = LoRA.read(tmp_path / "b.safetensors").metadata
-    assert metadata == {"format": "pt", "ss_base_model_version": "sd_v1", "ss_output_name": "mine"}
-
-
-def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
-    layers = {layer: Factors(*pair(4, 4, 2, seed)) for seed, layer in enumerate([TO_OUT, Q_PROJ, TO_Q])}
-    texts = {f"key {index}": "ä" * index for index in range(20)}
-    LoRA(layers, texts).write(tmp_path / "a.safetensors")
-    first = (tmp_path / "a.safetensors").read_bytes()
-    LoRA(dict(reversed(layers.items())), dict(reversed(texts.items()))).write(tmp_path / "a.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == first
-    assert LoRA.read(tmp_path / "a.safetensors").metadata["key 19"] == "ä" * 19
-
-
-def test_views_and_gradients_can_be_written(tmp_path: Path) -> None:
-    both = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    factors = Factors(both.T[:, :2], both[:2])
-    LoRA({TO_Q: factors}).write(tmp_path / "a.safetensors", dtype=torch.float32)
-    torch.testing.assert_close(LoRA.read(tmp_path / "a.safetensors").layers[TO_Q].dense(), factors.dense().detach())
-
-
-@pytest.mark.parametrize("moment", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch, moment: str) -> None:
-    lora = LoRA({TO_Q: Factors(*pair(6, 5, 2))})
-    lora.write(tmp_path / "a.safetensors")
-    before = (tmp_path / "a.safetensors").read_bytes()
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync" if moment == "write" else "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
-        LoRA({TO_OUT: Factors(*pair(6, 5, 2))}).write(tmp_path / "a.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-    assert (tmp_path / "a.safetensors").read_bytes() == before
-
-
-@pytest.mark.skipif(os.name != "posix", reason="symbolic links and modes as POSIX has them")
-def test_a_link_stays_a_link_and_a_mode_stays(tmp_path: Path) -> None:
-    lora = LoRA({TO_Q: Factors(*pair(6, 5, 2))})
-    lora.write(tmp_path / "a.safetensors")
-    (tmp_path / "a.safetensors").chmod(0o640)
-    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
-    LoRA({TO_OUT: Factors(*pair(6, 5, 2))}).write(tmp_path / "link.safetensors")
-    assert (tmp_path / "link.safetensors").is_symlink()
-    assert list(LoRA.read(tmp_path / "a.safetensors").layers) == [TO_OUT]
-    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
-
-
-def test_all_that_is_wrong_with_a_request_is_said_at_once(tmp_path: Path) -> None:
-    lora = LoRA({TO_Q: Factors(torch.full((2, 1), math.nan), torch.zeros(1, 2))}, {"steps": 3})  # type: ignore
-    given = {"ss_network_dim": "8"}
-    message = refusal(lambda: lora.write(tmp_path / "no" / "a.pt", "ldm", torch.int8, given))
-    for words in (
-        "dialect 'ldm' is unknown; expected one of kohya, diffusers",
-        "dtype torch.int8 is not written",
-        "'a.pt' must end in .safetensors",
-        "no is not a folder; create it first",
-        "metadata 'ss_network_dim' is computed from the layers",
-        f"{TO_Q}: holds NaN or infinite values",
-        "metadata 'steps' is 3; expected text",
-    ):
-        assert words in message
-    assert "there are no layers" in refusal(lambda: LoRA({}).write(tmp_path / "a.safetensors"))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("value", [1e5, 3e38, 1e-9])
-def test_values_out_of_the_range_of_float16_are_refused(tmp_path: Path, value: float) -> None:
-    lora = LoRA({TO_Q: Factors(torch.full((2, 1), value), torch.ones(1, 2))})
-    message = refusal(lambda: lora.write(tmp_path / "a.safetensors"))
-    assert f"a.safetensors: not written, 1 problem:\n  - {KOHYA_Q}.lora_up.weight (largest value {value:.2g})" in message
-    assert "out of float16's range; write dtype=torch.float32" in message
-    lora.write(tmp_path / "a.safetensors", dtype=torch.float32)
-    torch.testing.assert_close(LoRA.read(tmp_path / "a.safetensors").layers[TO_Q].up, lora.layers[TO_Q].up)
-
-
-def test_a_layer_that_kohya_cannot_name_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    layers = ["transformer.transformer_blocks.0.motion.to_q", "unet.down_blocks.0.motion_modules.0.proj_in"]
-    lora = LoRA({layer: Factors(*pair(4, 4, 1)) for layer in layers})
-    message = refusal(lambda: lora.write(tmp_path / "a.safetensors"))
-    assert all(f"{layer}: has no name in kohya's dialect; write dialect='diffusers'" in message for layer in layers)
-    lora.write(tmp_path / "a.safetensors", "diffusers")
-    assert list(LoRA.read(tmp_path / "a.safetensors").layers) == layers
-
-
-# Files that are refused
-
-
-def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
-    up, down = pair(6, 5, 2)
-    mid = "lora_unet_mid_block_attentions_0"
-    tensors = {
-        "lora_unet_input_blocks_4_1_projector.lora_up.weight": up,
-        "lora_te3_text_model_layers_0.alpha": torch.tensor(1.0),
-        f"{KOHYA_Q}.lora_up.weight": up,
-        f"{mid}_proj_in.lora_up.weight": up,
-        f"{mid}_proj_in.lora_down.weight": pair(6, 5, 3)[1],
-        f"{mid}_proj_out.lora_up.weight": up * math.inf,
-        f"{mid}_proj_out.lora_down.weight": down,
-        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": up,
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": up,
-    }
-    path = saved(tmp_path, {key: tensor.clone() for key, tensor in tensors.items()})
-    message = refusal(lambda: LoRA.read(path))
-    assert message.startswith(f"{path}: 7 problems:")
-    for words in (
-        "lora_unet_input_blocks_4_1_projector.lora_up.weight [6, 2]: not a key of this dialect, or of an unknown layer",
-        "lora_te3_text_model_layers_0.alpha []: not a key",
-        f"{TO_Q}: has only up; the down matrix is missing",
-        "unet.mid_block.attentions.0.proj_in: up (6, 2) and down (3, 5) do not multiply",
-        "unet.mid_block.attentions.0.proj_out: holds NaN or infinite values",
-        "a second up for text_encoder.text_model.encoder.layers.0.mlp.fc1; keep one of the two",
-    ):
-        assert words in message
-
-
-def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
-    tensors = {f"lora_unet_unknown_{index:03}.alpha": torch.tensor(1.0) for index in range(50)}
-    message = refusal(lambda: LoRA.read(saved(tmp_path, tensors)))
-    assert "50 problems:" in message
-    assert message.endswith("\n  - and 30 more")
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ({"lora_A.weight": torch.ones(2, 5)}, "has only down; the up matrix is missing"),
-        ({"alpha": torch.tensor(1.0)}, "has only alpha; the up and down matrix is missing"),
-        ({"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "lora_B.bias": torch.ones(6)}, "bias"),
-        (
-            {"lora_A.weight": torch.ones(2, 5, dtype=torch.int8), "lora_B.weight": torch.ones(6, 2)},
-            "down is torch.int8; expected float16, bfloat16 or float32",
-        ),
-        (
-            {"lora_A.weight": torch.ones(2, 5, 1, 1), "lora_B.weight": torch.ones(6, 2)},
-            "are no pair; expected (out, r) and (r, in)",
-        ),
-        (
-            {"lora_A.weight": torch.ones(2, 5, 1, 1), "lora_B.weight": torch.ones(6, 2, 3, 3)},
-            "or (out, r, 1, 1) and (r, in, kh, kw)",
-        ),
-        (
-            {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "alpha": torch.tensor(0.0)},
-            "alpha is 0.0; expected one finite number, not 0",
-        ),
-        (
-            {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "alpha": torch.ones(2)},
-            "alpha is of shape (2,); expected one finite number",
-        ),
-        (
-            {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(6, 2), "alpha": torch.tensor(1 + 2j)},
-            "alpha is torch.complex64; expected one finite number",
-        ),
-        ({"lora_A.weight": torch.ones(2, 5) * math.nan, "lora_B.weight": torch.ones(6, 2)}, "holds NaN or infinite"),
-    ],
-)
-def test_a_broken_layer_is_named(tmp_path: Path, parts: dict[str, Tensor], words: str) -> None:
-    path = saved(tmp_path, {f"{TO_Q}.{end}": tensor for end, tensor in parts.items()})
-    message = refusal(lambda: LoRA.read(path))
-    assert message.startswith(f"{path}: 1 problem:\n  - {TO_Q}")
-    assert words in message
-
-
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        (f"{KOHYA_Q}.dora_scale", "DoRA rescales"),
-        (f"{TO_Q}.lora_magnitude_vector", "DoRA rescales"),
-        (f"{KOHYA_Q}.oft_blocks", "OFT turns"),
-        (f"{KOHYA_Q}.on_input", "IA3 scales"),
-        (f"{KOHYA_Q}.diff", "whole-weight difference has full rank"),
-        (f"{KOHYA_Q}.w_norm", "normalisation layers are no matrices"),
-    ],
-)
-def test_what_is_no_low_rank_update_is_refused_with_its_layers(tmp_path: Path, key: str, kind: str) -> None:
-    up, down = pair(6, 5, 2)
-    tensors = {key: torch.ones(2), f"{TO_OUT}.lora_A.weight": down, f"{TO_OUT}.lora_B.weight": up}
-    message = refusal(lambda: LoRA.read(saved(tmp_path, tensors)))
-    assert kind in message
-    assert f"1 tensors, {key}" in message
-
-
-def test_a_file_without_any_lora_is_refused(tmp_path: Path) -> None:
-    message = refusal(lambda: LoRA.read(saved(tmp_path, {"conv_in.weight": torch.ones(2)})))
-    assert "no LoRA of a known dialect; its keys: conv_in.weight. Expected those of kohya, diffusers or PEFT" in message
-    assert "its keys: none at all" in refusal(lambda: LoRA.read(saved(tmp_path, {})))
-    unknown = {"decoder.0.lora_A.weight": torch.ones(1, 2), "decoder.0.lora_B.weight": torch.ones(2, 1)}
-    message = refusal(lambda: LoRA.read(saved(tmp_path, unknown)))
-    assert "decoder.0.lora_A.weight [1, 2]: not a key of this dialect, or of an unknown layer" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.safetensors", b"", "not a safetensors file, or cut short at 0 bytes"),
-        ("a.safetensors", b"PK\x03\x04" * 50, "not a safetensors file, or cut short at 200 bytes"),
-        ("a.safetensors", (2**63).to_bytes(8, "little") + b"{}", "not a safetensors file, or cut short"),
-        ("a.safetensors", (17 * 2**20).to_bytes(8, "little") + bytes(17 * 2**20), "the header has 17825792 bytes"),
-        ("a.safetensors", (2).to_bytes(8, "little") + b"[]", "not a valid safetensors file"),
-        ("a.pt", b"", "not a file of torch.save since version 1.6"),
-        ("A.BIN", b"\x80\x02}q\x00.", 'torch.load(old, map_location="cpu", weights_only=True)'),
-    ],
-)
-def test_a_wrong_file_is_refused_with_one_clear_message(tmp_path: Path, name: str, content: bytes, words: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    message = refusal(lambda: LoRA.read(tmp_path / name))
-    assert message.startswith(f"{tmp_path / name}: ")
-    assert words in message
-
-
-def test_numbers_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
-    """safetensors knows kinds of numbers that its own reader for torch does not know, such as those of four bits."""
-    header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    message = refusal(lambda: LoRA.read(tmp_path / "a.safetensors"))
-    assert message.startswith(f"{tmp_path / 'a.safetensors'}: ")
-    assert "F4" in message or "no LoRA of a known dialect" in message
-
-
-def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, {f"{TO_Q}.lora_A.weight": torch.ones(2, 5), f"{TO_Q}.lora_B.weight": torch.ones(6, 2)})
-    path.write_bytes(path.read_bytes()[:-1])
-    assert "not a valid safetensors file" in refusal(lambda: LoRA.read(path))
-
-
-def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
-    assert f"{tmp_path / 'x'}: no such file" in refusal(lambda: LoRA.read(tmp_path / "x"))
-    assert "the folder holds neither of adapter_model.safetensors" in refusal(lambda: LoRA.read(tmp_path))
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        (tmp_path / name).touch()
-    assert "the folder holds both of" in refusal(lambda: LoRA.read(tmp_path))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-@pytest.mark.timeout(10)
-def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.safetensors")
-    assert "not a regular file" in refusal(lambda: LoRA.read(tmp_path / "a.safetensors"))
+# Files and folders
 
 
 def test_a_folder_of_diffusers_is_read(tmp_path: Path) -> None:
