@@ -10,14 +10,14 @@ halves that make a whole are the whole; words at full weight leaked no less and 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from share_diffusion.blend import Blend, Method, Region, Term
+from share_diffusion.blend import Blend, Method, Region, Steps, Term
+from share_diffusion.concept import unknown_concept
 from share_diffusion.cores import CoreTable, known_groups
 from share_diffusion.loudness import evened
 from share_diffusion.methods import drop_out, elect, equalise, linear, trim, tsv
@@ -77,10 +77,10 @@ class Active:
                 row = equalise(torch.stack([self.table.row(other) for other in names]))[names.index(name)]
             case ("loss-equalised", strength, *names):
                 row = row * evened([self.table.subspace[other] for other in names], strength)[name]
-            case ("ties", density):
-                row = trim(row[None], density)[0]
+            case ("ties", density):  # of what the concept holds: rows for what others hold are zeros, and no part of it
+                row = trim(row[None], density * self.table.held(name) / max(self.table.width, 1))[0]
             case ("dare", drop, seed):
-                row = drop_out(row[None], drop, [seed_of(name, int(seed))])[0]
+                row = drop_out(row[None], drop, self.table.drawn(name, f"{seed:g}/{name}")[None])[0]
         factors = self.table.factors(Term(name, 1.0, blocks))
         return row if factors is None else row * factors
 
@@ -105,8 +105,9 @@ class Active:
         """Return where a term acts at a point of the denoising, and its weight there."""
         region, weight = term.region, term.weight
         if progress is None:
-            share = 1.0 if region is None else 1 - (region.end - region.start) * (1 - self.areas[region])
-            return None, weight * share * (term.steps.mean if term.steps else 1.0)
+            steps = term.steps or Steps()
+            inside = 0.0 if region is None else steps.integral(region.start, region.end) * (1 - self.areas[region])
+            return None, weight * (steps.mean - inside)
         if region is not None and not region.start <= progress < region.end:
             region = None
         return region, weight * (term.steps.at(progress) if term.steps else 1.0)
@@ -152,9 +153,9 @@ class Active:
             return linear(rows, weights)
         if method.name == "ties":
             return elect(rows, weights)
-        parts = []
+        parts = [rows.new_zeros(0)]
         for stack in self.table.stacks:
-            if start <= stack.start < start + rows.shape[1]:
+            if stack.stop > stack.start and start <= stack.start < start + rows.shape[1]:
                 cores = rows[:, stack.start - start : stack.stop - start].unflatten(1, (len(stack.layers), *stack.shape))
                 parts.append(tsv(cores, weights).flatten())
         return torch.cat(parts)
@@ -171,11 +172,6 @@ def row_key(term: Term, blend: Blend) -> tuple[str, Blocks, tuple]:
     return term.name, term.blocks, (method.name, *dict(method.options).values())
 
 
-def seed_of(name: str, seed: int) -> int:
-    """Return a concept's own seed, so that what is drawn for it does not depend on the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-
-
 def demanded(term: Term) -> list[str]:
     """Return the block groups that must have layers for a term; beside `all`, a factor for `text` may be moot."""
     groups = [group for group, _ in term.blocks or ()]
@@ -185,10 +181,9 @@ def demanded(term: Term) -> list[str]:
 def refuse_unknown(blends: Sequence[Blend], table: CoreTable, masks: Mapping[str, Tensor]) -> None:
     """Raise ValueError for concepts, block groups and masks that are not there, all problems at once."""
     problems, groups = [], known_groups(table.groups.values())
-    known = ", ".join(table.subspace.concepts) or "none yet"
     for name in dict.fromkeys(name for blend in blends for name in blend.names):
         if name not in table.subspace.concepts:
-            problems.append(f"unknown concept {name!r}; the subspace holds: {known}")
+            problems.append(unknown_concept(name, table.subspace.concepts))
     wanted = dict.fromkeys(group for blend in blends for term in blend.terms for group in demanded(term))
     if absent := [group for group in wanted if group not in groups]:
         problems.append(f"no adapted layer is in block group {', '.join(absent)}; there are: {', '.join(groups)}")

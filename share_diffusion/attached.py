@@ -41,10 +41,11 @@ class Attached:
         found = layers(pipeline)
         self.pipeline = pipeline
         self.originals: dict[str, nn.Module] = {path: found[path] for path in paths}
+        self.places = {path: parent_of(pipeline, path) for path in paths}
         self.layers: dict[str, ShareLayer] = {}
         try:
             for path, module in self.originals.items():
-                parent, attribute = parent_of(pipeline, path)
+                parent, attribute = self.places[path]
                 self.layers[path] = wrap(module)
                 self.layers[path].train(module.training)
                 setattr(parent, attribute, self.layers[path])
@@ -58,11 +59,11 @@ class Attached:
             layer.set(updates.get(path, ()))
 
     def detach(self) -> None:
-        """Put the original layers back; harmless when done twice."""
+        """Put the original layers back where they were, whatever the pipeline holds by now; harmless when done twice."""
         for path, module in self.originals.items():
-            parent, attribute = parent_of(self.pipeline, path)
+            parent, attribute = self.places[path]
             setattr(parent, attribute, module)
-        self.originals, self.layers = {}, {}
+        self.originals, self.places, self.layers = {}, {}, {}
 
     def __enter__(self) -> Any:
         return self
@@ -113,16 +114,24 @@ class AttachedSubspace(Attached):
         """Make one blend per sample active: draw with as many prompts, in a list (and negative prompts, if any, as well)."""
         if not self.layers:
             raise ValueError("this handle is detached; attach the subspace again")
-        if not blends:
-            raise ValueError("there is no blend; give one for every sample")
+        if isinstance(blends, str) or not blends:
+            raise ValueError(f"blends are {blends!r}; give a list, one for every sample")
         chosen = [Blend.of(blend) for blend in blends]
         pictures = {name: read_mask(name, picture) for name, picture in (masks or {}).items()}
-        active = Active(chosen, self.table, pictures)
-        self.active, self.blends, self.field, self.shown = active, chosen, None, {}
+        active, before = Active(chosen, self.table, pictures), (self.active, self.blends)
+        try:
+            self.act(active, chosen)
+        except BaseException:  # the device may be full, say
+            self.act(*before)
+            raise
+        return chosen
+
+    def act(self, active: Active, blends: list[Blend]) -> None:
+        """Let blends act from the start of a drawing on."""
+        self.active, self.blends, self.field, self.shown = active, blends, None, {}
         self.show(TEXT, active.moment(None), None)
         self.show(DENOISER, active.moment(0.0), None)
         self.watch()
-        return chosen
 
     def show(self, part: str, moment: Moment, index: Tensor | None) -> None:
         """Give the layers of the text encoders or of the denoiser what acts at a moment, in the samples' order."""
@@ -251,6 +260,10 @@ def attach_problems(pipeline: Any, subspace: Subspace, strict: bool) -> list[str
     if grouped:
         return [f"{', '.join(grouped[:3])} cannot be adapted: convolutions with groups are not supported"]
     absent = [path for path in subspace.layers if path not in found]
+    if any(f"{path}.base_layer" in found for path in absent):
+        return [
+            "the pipeline carries a LoRA of diffusers; call unload_lora_weights(), or fuse_lora() and unload_lora_weights()"
+        ]
     shapes = {
         path: (shape_of(found[path])[0], (basis.beta.shape[0], basis.alpha.shape[0]))
         for path, basis in subspace.layers.items()

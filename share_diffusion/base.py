@@ -31,6 +31,8 @@ def load_base(
 ) -> Any:
     """Return the base's ordinary diffusers pipeline, in evaluation mode and without a progress bar of its own.
 
+    A safety checker of Stable Diffusion 1.x is left out: it would hand out black pictures where it is in doubt, and training
+    would take those for pictures of a class.
     `config` is a diffusers folder from which a single file takes its configurations and tokenisers. Raises ValueError
     with the remedy when there is no such base here and none can be fetched, and when there is no such device.
     """
@@ -49,6 +51,9 @@ def load_base(
             f"cannot load the base {str(name_or_path)!r}: {first.rstrip('.')}. Give `tiny`, a diffusers folder, a "
             ".safetensors file, or a hub id that can be reached (or is in the local cache, with --local_files_only)"
         ) from error
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
+        pipeline.register_to_config(requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

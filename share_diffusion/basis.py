@@ -29,7 +29,7 @@ WORK = torch.float64
 RANK_TOLERANCE = 1e-6  # a direction weaker than this share of the vectors it comes from is rounding, not content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
     """The shared orthonormal bases of one layer: `alpha` (in, k) and `beta` (out, k'); k and k' may differ."""
 
@@ -42,7 +42,7 @@ class Basis:
         return self.alpha.shape[-1], self.beta.shape[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coefficients:
     """One concept in one layer: `alpha` (k, p) and `beta` (k', p); rows missing at the end are zero."""
 

@@ -9,6 +9,7 @@ it; what is printed here reads as the same blend, to the last bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -62,6 +63,12 @@ class Steps:
     def mean(self) -> float:
         """The factor's mean over the whole denoising."""
         return self.end - self.start - (self.rise + self.fall) / 2
+
+    def integral(self, start: float, end: float) -> float:
+        """The factor's integral over a part of the denoising: of straight pieces, each by its middle."""
+        bends = (self.start, self.start + self.rise, self.end - self.fall, self.end)
+        points = [start, *(bend for bend in sorted(bends) if start < bend < end), end]
+        return sum((right - left) * self.at((left + right) / 2) for left, right in itertools.pairwise(points))
 
     def __str__(self) -> str:
         ramp = written(self.rise) if self.rise == self.fall else f"{written(self.rise)},{written(self.fall)}"
@@ -211,7 +218,12 @@ class Blend:
         """Return a blend from any of the forms in which one is given; None is the untouched base."""
         if isinstance(blend, Blend):
             return blend
-        return cls.parse(blend) if isinstance(blend, str) else cls(dict(blend or {}))
+        if isinstance(blend, str):
+            return cls.parse(blend)
+        known = isinstance(blend, Mapping) and all(isinstance(weight, (int, float)) for weight in blend.values())
+        if blend is not None and not known:
+            raise ValueError(f"blend is {blend!r}; it is text as 'watercolor:0.8 + robot', or weights as {{'watercolor': 0.8}}")
+        return cls(dict(blend or {}))
 
     @classmethod
     def between(cls, one: Blend, other: Blend, share: float) -> Blend:

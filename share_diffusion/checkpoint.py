@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,8 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Any], facts: Mappi
             torch.save(dict(tensors), file)
             file.flush()
             os.fsync(file.fileno())
-        manifest = {"step": step, "time": time.time(), "sha256": digest(part / "state.pt"), "facts": dict(facts)}
+        number = max((written(path) for path in list_states(folder)), default=0) + 1
+        manifest = {"step": step, "number": number, "sha256": digest(part / "state.pt"), "facts": dict(facts)}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
@@ -55,7 +55,8 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Any], facts: Mappi
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"cannot write the checkpoint {target} ({why}); make room, or choose another --output_dir") from error
     for old in list_states(folder)[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -70,12 +71,12 @@ def list_states(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted((written(path), step, path) for step, path in found)]
 
 
-def written(path: Path) -> float:
-    """Return when a checkpoint was written, in seconds, 0 where its manifest does not tell."""
+def written(path: Path) -> int:
+    """Return a checkpoint's number, one more than that of the one written before it; 0 where its manifest does not tell."""
     try:
-        return float(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["time"])
+        return int(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["number"])
     except (OSError, ValueError, TypeError, KeyError):
-        return 0.0
+        return 0
 
 
 def load_state(path: Path) -> State:
@@ -86,7 +87,7 @@ def load_state(path: Path) -> State:
             raise ValueError("its contents do not fit its manifest")
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return State(manifest["step"], tensors, manifest["facts"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be used: {error}; resume from another or start again") from error
 
 

@@ -43,12 +43,18 @@ def missing_pictures(folder: Path, count: int) -> list[int]:
 
 
 def draw_class(
-    pipeline: Any, folder: Path, prompt: str, count: int, side: int | None = None, progress: Callable[[int], None] | None = None
+    pipeline: Any,
+    folder: Path,
+    prompt: str,
+    count: int,
+    side: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch: int = BATCH,
 ) -> int:
-    """Draw what is missing of `count` pictures of a prompt and return how many were drawn."""
+    """Draw what is missing of `count` pictures of a prompt, `batch` at a time, and return how many were drawn."""
     numbers = missing_pictures(folder, count)
-    for start in range(0, len(numbers), BATCH):
-        some = numbers[start : start + BATCH]
+    for start in range(0, len(numbers), batch):
+        some = numbers[start : start + batch]
         pictures = generate(pipeline, [prompt] * len(some), some, Sampling(width=side, height=side))
         for number, picture in zip(some, pictures, strict=True):
             save_png(picture, folder / f"class-{number:05d}.png")

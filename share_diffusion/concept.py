@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from share_diffusion.basis import Coefficients
 
 KINDS = ("style", "subject")
 NAME_LIMIT = 100
+NAME_BYTES = 200  # file systems take names of 255, and ".patch.safetensors" is added
+SHOWN = 12  # concepts that a message lists
 FORBIDDEN = set("/\\:+*<>[]{}()|\"'`,;=#%\n\r\t\0")
 
 
@@ -24,6 +27,8 @@ def check_name(name: str) -> str:
         problems.append("it is a folder's name")
     if len(name) > NAME_LIMIT:
         problems.append(f"it has {len(name)} characters (at most {NAME_LIMIT})")
+    elif (size := len(name.encode("utf-8", "surrogatepass"))) > NAME_BYTES:
+        problems.append(f"it has {size} bytes in UTF-8 (at most {NAME_BYTES})")
     if bad := sorted({character for character in name if character in FORBIDDEN}):
         problems.append("it holds " + " ".join(repr(character) for character in bad))
     if hidden := [
@@ -37,7 +42,16 @@ def check_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
+def unknown_concept(name: str, known: Iterable[str], holder: str = "the subspace") -> str:
+    """Return the message for a name that is not held: the nearest one, and some of those that are."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    listed = f"{', '.join(names[:SHOWN]) or 'none yet'}{more}"
+    return f"unknown concept {name!r}{f', did you mean {close[0]!r}?' if close else ''}; {holder} holds: {listed}"
+
+
+@dataclass(frozen=True, eq=False)
 class Concept:
     """One thing learned.
 

@@ -9,6 +9,7 @@ is room for them, so that a slider moves without touching coefficients again.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,26 @@ class CoreTable:
             beta[index, : entry.beta.shape[0], : entry.pseudo_rank] = entry.beta
         return alpha @ beta.mT
 
+    def held(self, name: str) -> int:
+        """Return how many entries of its row a concept holds; the others are there for concepts with more columns."""
+        held = self.subspace[name].coefficients
+        return sum(held[layer].alpha.shape[0] * held[layer].beta.shape[0] for layer in self.groups if layer in held)
+
+    def drawn(self, name: str, seed: str) -> Tensor:
+        """Return a number from 0 to 1 for every entry of a concept's row (N), whatever else the subspace holds.
+
+        Each layer has a generator of its own, and what the concept does not hold has 1.
+        """
+        coefficients, parts = self.subspace[name].coefficients, []
+        for stack in self.stacks:
+            part = torch.ones(len(stack.layers), *stack.shape)
+            for index, layer in enumerate(stack.layers):
+                if layer in coefficients:
+                    rows, columns = coefficients[layer].alpha.shape[0], coefficients[layer].beta.shape[0]
+                    part[index, :rows, :columns] = torch.rand(rows, columns, generator=generator_of(f"{seed}/{layer}"))
+            parts.append(part.flatten())
+        return torch.cat(parts or [torch.empty(0)])
+
     def factors(self, term: Term) -> Tensor | None:
         """Return the factor of each entry of a row that a term's block groups make, (N), or None for 1 everywhere."""
         if term.blocks is None:
@@ -81,7 +102,8 @@ class CoreTable:
     def touched(self, term: Term) -> set[str]:
         """Return the layers that a term changes."""
         held = self.subspace[term.name].coefficients
-        return {layer for layer in self.groups if layer in held and term.factor(self.groups[layer]) != 0}
+        there = (layer for layer in self.groups if layer in held and min(self.subspace.layers[layer].rank))
+        return {layer for layer in there if term.factor(self.groups[layer]) != 0}
 
     def split(self, flat: Tensor, start: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer with its (..., k, k') of a flat tensor (..., N); `start` is where the flat tensor begins."""
@@ -107,6 +129,12 @@ class CoreTable:
             if start <= stack.start < start + flat.shape[-1]:
                 part = flat[..., stack.start - start : stack.stop - start]
                 yield stack, part.unflatten(-1, (len(stack.layers), *stack.shape))
+
+
+def generator_of(seed: str) -> torch.Generator:
+    """Return a generator that starts from words."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(number)
 
 
 def narrow(cores: Tensor, rank: int | None) -> tuple[Tensor | None, Tensor | None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from share_diffusion.memory import explained_end
 from share_diffusion.models import family_of
 
 BATCH = 16
+LARGE = 256**2  # pixels above which pictures are decoded one after the other, which takes a fraction of the memory
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,27 @@ def generate(
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
+    batch: int = BATCH,
 ) -> list[Image.Image]:
     """Return one picture for each prompt and seed; equal (prompt, seed, settings) give the same start on every device.
 
-    `progress` is called with the number of pictures done after every batch; `watch` with the step's index and the latents
-    after every denoising step: what it raises ends the drawing there. Raises ValueError where memory does not suffice, and
-    where NaN comes out.
+    They are drawn `batch` at a time. `progress` is called with the number of pictures done after every batch; `watch` with
+    the step's index and the latents after every denoising step: what it raises ends the drawing there. Raises ValueError
+    where memory does not suffice, and where NaN comes out.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
     chosen, family = (sampling or Sampling()).resolved(pipeline), family_of(pipeline)
     assert chosen.guidance_scale is not None
+    assert chosen.width is not None
+    assert chosen.height is not None
+    one_by_one = getattr(pipeline.vae, "use_slicing", None) is False and chosen.width * chosen.height > LARGE
     pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), BATCH):
-        some = list(prompts[start : start + BATCH])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
+    for start in range(0, len(prompts), batch):
+        some = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
         less = f"{len(some)} pictures of {chosen.width} x {chosen.height} are drawn at once: ask for fewer or smaller ones"
-        with torch.no_grad(), explained_end(f"{less}, or load the base in half precision"):
+        with torch.no_grad(), explained_end(f"{less}, or load the base in half precision"), decoding(pipeline.vae, one_by_one):
             pictures += pipeline(
                 some,
                 num_inference_steps=chosen.steps,
@@ -94,6 +99,18 @@ def generate(
         if progress is not None:
             progress(len(pictures))
     return pictures
+
+
+@contextmanager
+def decoding(vae: Any, one_by_one: bool) -> Iterator[None]:
+    """Have the autoencoder take a batch apart, for as long as that is asked for."""
+    if one_by_one:
+        vae.enable_slicing()
+    try:
+        yield
+    finally:
+        if one_by_one:
+            vae.disable_slicing()
 
 
 def watched(watch: Callable[[int, Tensor], None] | None, steps: int | None) -> Any:

@@ -80,7 +80,11 @@ def load(path: str | os.PathLike[str], weights: Weights | None = None, *, look: 
         )
     try:
         return changed(unpack(metadata, tensors, generation, weights, look), file=Path(os.path.realpath(path)))
-    except (KeyError, TypeError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        from share_diffusion.memory import is_end  # which knows models, and reading a file does not need them
+
+        if is_end(error):
+            raise
         raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: {type(error).__name__} {error}") from error
 
 
@@ -90,7 +94,23 @@ def listing(path: str | os.PathLike[str]) -> Listing:
     metadata = header.metadata
     if "concepts" not in metadata:
         raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: it lists no concepts")
-    return Listing(metadata["base"]["name"], metadata["basis_version"], header.generation, tuple(metadata["concepts"]))
+    try:
+        for entry in metadata["concepts"]:
+            check_entry(entry)
+        return Listing(metadata["base"]["name"], metadata["basis_version"], header.generation, tuple(metadata["concepts"]))
+    except (KeyError, TypeError) as error:
+        raise storage.StorageError(f"{os.fspath(path)} is not a subspace file: {type(error).__name__} {error}") from error
+
+
+def check_entry(entry: Mapping[str, Any]) -> None:
+    """Raise TypeError or KeyError where what a header tells of a concept is of another kind than is ever written."""
+    texts = {key: entry[key] for key in ("name", "kind", "trigger")}
+    numbers = {key: entry[key] for key in ("norm", "retention")}
+    wrong = [key for key, value in texts.items() if not isinstance(value, str)]
+    wrong += [key for key, value in numbers.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
+    wrong += [key for key, value in numbers.items() if key not in wrong and not 0 <= value < math.inf]
+    if wrong:
+        raise TypeError(f"a concept's {', '.join(wrong)} cannot be read")
 
 
 def pack(subspace: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,6 +181,7 @@ def unpack(
         raise IndexError("a concept has more rows than its basis has columns")
     concepts = {}
     for number, entry in enumerate(metadata["concepts"]):
+        check_entry(entry)
         known = {key: entry[key] for key in ("name", "kind", "trigger", "norm", "retention")}
         row, scales = tensors[f"concept.{number:05d}"], tensors.get(f"scales.{number:05d}")
         if (scales is None) == (row.dtype == torch.int8):

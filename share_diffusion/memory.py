@@ -64,6 +64,12 @@ def quantise(pipeline: Any, kind: str) -> None:
         setattr(denoiser.get_submodule(holder), attribute, small.requires_grad_(False).to(device))
 
 
+def gather(pipeline: Any, device: str | torch.device) -> None:
+    """Move everything that drawing needs to a device."""
+    for name in ("vae", *components(pipeline)):
+        getattr(pipeline, name).to(device)
+
+
 def park(pipeline: Any, adapted: set[str], device: str | torch.device = "cpu") -> None:
     """Move what no training step needs, the autoencoder and the text encoders that are not adapted, to a device."""
     family = family_of(pipeline)

@@ -423,10 +423,12 @@ def re_express(concept: Concept, frames: Mapping[str, Frame], rotations: Mapping
     moved = {name: rotate(entry, *rotations[name]) for name, entry in touched.items()}
     loss = sum(float(squared(entry) - squared(moved[name])) for name, entry in touched.items())
     lost = (1 - concept.retention) ** 0.5 + (max(loss, 0.0) ** 0.5) / max(concept.norm, 1e-30)
-    coefficients = {
-        **concept.coefficients,
-        **{name: Coefficients(entry.alpha.float(), entry.beta.float()) for name, entry in moved.items()},
-    }
+    coefficients = {}
+    for name, entry in concept.coefficients.items():
+        if name not in moved:
+            coefficients[name] = entry
+        elif moved[name].alpha.shape[0] and moved[name].beta.shape[0]:  # else its columns are all gone, and it holds nothing
+            coefficients[name] = Coefficients(moved[name].alpha.float(), moved[name].beta.float())
     return Concept(
         concept.name, coefficients, concept.norm, max(0.0, 1 - lost**2), concept.kind, concept.trigger, concept.details
     )

@@ -10,8 +10,6 @@ principal axes rather than neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -42,15 +40,17 @@ def elect(rows: Tensor, weights: Tensor) -> Tensor:
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
 
 
-def dare(rows: Tensor, weights: Tensor, drop: float, seeds: Sequence[int]) -> Tensor:
+def dare(rows: Tensor, weights: Tensor, drop: float, drawn: Tensor) -> Tensor:
     """Return DARE (Yu et al. 2023, arXiv 2311.03099): drop entries at random, rescale what is left, then sum."""
-    return linear(drop_out(rows, drop, seeds), weights)
+    return linear(drop_out(rows, drop, drawn), weights)
 
 
-def drop_out(rows: Tensor, drop: float, seeds: Sequence[int]) -> Tensor:
-    """Return rows in which each entry is zero with probability `drop`, else larger by 1 / (1 - drop); one seed a row."""
-    drawn = [torch.rand(rows.shape[-1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.where(torch.stack(drawn) >= drop, rows / (1 - drop), 0)
+def drop_out(rows: Tensor, drop: float, drawn: Tensor) -> Tensor:
+    """Return rows in which each entry is zero with probability `drop`, else larger by 1 / (1 - drop).
+
+    `drawn` are numbers from 0 to 1, one an entry; those below `drop` are out.
+    """
+    return torch.where(drawn >= drop, rows / (1 - drop), 0)
 
 
 def norm_equalised(rows: Tensor, weights: Tensor) -> Tensor:

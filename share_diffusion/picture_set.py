@@ -28,7 +28,8 @@ from share_diffusion.models.texts import tokenize
 from share_diffusion.objective import Draw, step_generator
 from share_diffusion.pictures import cut_picture, open_alpha, open_mask, open_picture, to_tensor, window
 
-BATCH = 16  # pictures that the autoencoder is given at once
+BATCH = 16  # pictures that the autoencoder is given at once,
+PIXELS = 2**20  # of so many pixels together: one of 1024 x 1024 takes 1.3 GB in half precision
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def encode_all(
     keys = [key_of("latents", vae, examples[number].digest, size, place, flip) for number, place, flip, size in jobs]
     found = [cache.find(key) if cache is not None else None for key in keys]
     done = [None if entry is None else entry["latents"] for entry in found]
-    for batch in batches([index for index, latents in enumerate(done) if latents is None], jobs, 1 if cache else BATCH):
+    missing = [index for index, latents in enumerate(done) if latents is None]
+    for batch in batches(missing, jobs, 1 if cache is not None else BATCH):
         pictures = torch.stack([cut_tensor(examples, jobs[index]) for index in batch])
         for index, latents in zip(batch, family.encode_pictures(pipeline, pictures).cpu(), strict=True):
             done[index] = latents
@@ -212,11 +214,15 @@ def encode_all(
 
 
 def batches(indices: Sequence[int], jobs: Sequence[Any], most: int) -> list[list[int]]:
-    """Return the jobs in batches of one size each, in order."""
+    """Return the jobs in batches of one size each and of at most `PIXELS`, in order."""
     by_size: dict[Size, list[int]] = {}
     for index in indices:
         by_size.setdefault(jobs[index][3], []).append(index)
-    return [some[start : start + most] for some in by_size.values() for start in range(0, len(some), most)]
+    found = []
+    for (height, width), some in by_size.items():
+        count = max(1, min(most, PIXELS // (height * width)))
+        found += [some[start : start + count] for start in range(0, len(some), count)]
+    return found
 
 
 def cut_tensor(examples: Sequence[Example], job: tuple[int, tuple[float, float], bool, Size]) -> Tensor:

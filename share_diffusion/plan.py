@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -24,9 +23,13 @@ def lora_numbers(modules: Mapping[str, nn.Module], rank: int) -> int:
 
 
 def peak_memory() -> int:
-    """Return the most memory this process has held, in bytes; the accelerator's where there is one."""
+    """Return the most memory this process has held, in bytes; the accelerator's where there is one; 0 where nothing tells."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

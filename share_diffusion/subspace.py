@@ -23,7 +23,7 @@ from torch import Tensor
 
 from share_diffusion.basis import Basis, Coefficients, random_basis, reconstruct, weight_basis
 from share_diffusion.capacity import Capacity
-from share_diffusion.concept import Concept, check_name
+from share_diffusion.concept import Concept, check_name, unknown_concept
 from share_diffusion.lora import Factors, LoRA
 from share_diffusion.merge import Merged, merge_updates, squared
 from share_diffusion.principal import Principal
@@ -51,6 +51,8 @@ class Origin:
     def __post_init__(self) -> None:
         if self.kind not in ORIGINS:
             raise ValueError(f"basis is {self.kind!r}; it is one of {', '.join(ORIGINS)}")
+        if self.rank < 0:
+            raise ValueError(f"derived_rank is {self.rank}; it is 0 or more")
         if (self.kind == "adapters") != (self.rank == 0):
             raise ValueError(f"a basis of origin {self.kind} cannot have {self.rank} derived columns")
         if self.principal is not None:
@@ -94,7 +96,11 @@ class Origin:
         if self.kind == "weights":
             if weights is None or layer not in weights:
                 raise ValueError(f"the basis of {layer} comes from the base's weights; load the file together with its base")
-            weight = weights[layer].flatten(1)
+            if weights[layer].device.type == "meta":
+                raise ValueError(
+                    f"the basis of {layer} comes from the base's weights, which are not in memory; load the base whole"
+                )
+            weight = weights[layer].detach().cpu().flatten(1)
             if tuple(weight.shape) != tuple(shape):
                 raise ValueError(
                     f"the base's weight of {layer} is {tuple(weight.shape)}, not {tuple(shape)}; it is another base"
@@ -152,7 +158,7 @@ class BaseIdentity:
         return any(abs(ours - theirs) > 1e-3 * abs(ours) + 1e-7 for ours, theirs in pairs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subspace:
     """Shared bases and the concepts in them.
 
@@ -212,7 +218,7 @@ class Subspace:
         Raises ValueError where a name is taken, a value is not finite or a shape does not fit, all problems at once.
         """
         refuse(self.merge_problems(loras, capacity or Capacity(), pseudo_rank))
-        loras = {normal(name): lora for name, lora in loras.items()}
+        loras = {normal(name): lora.detached() for name, lora in loras.items()}
         about = {normal(name): facts for name, facts in (about or {}).items()}
         entries = {layer: entry for lora in loras.values() for layer, entry in lora.layers.items()}
         kernels = {layer: entry.kernel for lora in loras.values() for layer, entry in lora.layers.items() if entry.kernel}
@@ -304,15 +310,22 @@ class Subspace:
         return {**merged.held, **{concept.name: concept for concept in new.values()}}
 
     def drop(self, name: str) -> Subspace:
-        """Return the subspace without a concept; learned columns that no other concept uses go with it."""
+        """Return the subspace without a concept; learned columns that no other concept uses go with it.
+
+        So do layers that no other concept changes, unless columns were measured on the base for them.
+        """
         gone = self[name].name
         concepts = {key: concept for key, concept in self.concepts.items() if key != gone}
         used = {layer: self.used_columns(layer, concepts) for layer in self.layers}
+        measured = self.origin.principal.sides if self.origin.principal is not None else ()
+        needed = {*measured, *(layer for concept in concepts.values() for layer in concept.coefficients)}
         layers = {
             layer: Basis(basis.alpha[:, : used[layer][0]], basis.beta[:, : used[layer][1]])
             for layer, basis in self.layers.items()
+            if layer in needed
         }
-        return replace(self, layers=layers, concepts=concepts)
+        kernels = {layer: kernel for layer, kernel in self.kernels.items() if layer in layers}
+        return replace(self, layers=layers, kernels=kernels, concepts=concepts)
 
     def rename(self, old: str, new: str) -> Subspace:
         """Return the subspace with a concept under another name, in its old place."""
@@ -336,8 +349,7 @@ class Subspace:
         """Return a concept; an unknown name is a ValueError that lists the known ones."""
         name = normal(name)
         if name not in self.concepts:
-            known = ", ".join(self.concepts) or "none yet"
-            raise ValueError(f"unknown concept {name!r}; the subspace holds: {known}")
+            raise ValueError(unknown_concept(name, self.concepts))
         return self.concepts[name]
 
     @property

@@ -20,6 +20,7 @@ from share_diffusion.blend import Blend
 from share_diffusion.cores import frame, narrow, spanned
 from share_diffusion.layer import ShareConv, ShareLinear, Update
 from share_diffusion.lora import Factors, LoRA
+from share_diffusion.models.calls import order_of_samples
 from share_diffusion.models.identity import identify
 from share_diffusion.models.layers import layers, parent_of
 from share_diffusion.regions import Field
@@ -576,3 +577,50 @@ def test_a_base_whose_weights_are_packed_draws_what_it_draws_otherwise(original:
     handle = attach(small, subspace, strict=False)
     handle.set_blend("ink")
     same(draw(small, [0]), expected)
+
+
+def test_words_get_the_mean_over_steps_and_picture_together(handle: Any) -> None:
+    active = handle.set_blend("ink[steps=0..0.5][region=left during=0..0.5]") and handle.active
+    assert sum(active.moment(None).weights[0][0]) == pytest.approx(0.25)  # half of the picture, half of the steps
+    handle.set_blend("ink[steps=0..0.8 ramp=0.2][region=left during=0.1..0.9]")
+    assert sum(handle.active.moment(None).weights[0][0]) == pytest.approx(0.6 - 0.5 * (0.6 - 0.025), abs=1e-9)
+
+
+def test_blends_that_cannot_act_leave_those_that_do(original: Any, handle: Any, monkeypatch) -> None:
+    handle.set_blend("ink")
+    before = draw(original, [0])
+    show = type(handle).show
+
+    def full(self: Any, part: str, *more: Any) -> None:
+        if part == "denoiser" and str(self.blend) != "ink:1":
+            raise MemoryError
+        show(self, part, *more)
+
+    monkeypatch.setattr(type(handle), "show", full)
+    with pytest.raises(MemoryError):
+        handle.set_blend("neon")
+    assert str(handle.blend) == "ink:1"
+    assert torch.equal(draw(original, [0]), before)
+    assert "give a list" in refusal(lambda: handle.set_blends("ink"))
+
+
+def test_guidance_that_halves_the_prompts_is_told(handle: Any) -> None:
+    handle.set_blends(["ink", "neon"])
+    assert "give 2 prompts in one call" in refusal(lambda: order_of_samples(guided(True), 2, 2))
+    assert order_of_samples(guided(True), 2, 4).tolist() == [0, 1, 0, 1]
+    assert order_of_samples(guided(False), 2, 2).tolist() == [0, 1]
+
+
+def guided(yes: bool) -> Any:
+    """A pipeline that draws with guidance, or without."""
+    return SimpleNamespace(_guidance_scale=5.0, do_classifier_free_guidance=yes)
+
+
+def test_layers_come_back_to_where_they_were_taken_from(original: Any, subspace: Subspace) -> None:
+    one, other = copied(original), copied(original)
+    handle, mine = attach(one, subspace), one.unet
+    one.unet = other.unet
+    handle.detach()
+    one.unet = mine
+    assert not any(isinstance(module, ShareConv | ShareLinear) for module in layers(one).values())
+    assert layers(other)[TO_Q] is not layers(one)[TO_Q]

@@ -15,7 +15,7 @@ from torch import Tensor
 from share_diffusion import container
 from share_diffusion.capacity import Candidates, Capacity, choose, parse_bytes, prices
 from share_diffusion.file import pack
-from share_diffusion.lora import LoRA
+from share_diffusion.lora import Factors, LoRA
 from share_diffusion.subspace import Origin, Subspace
 
 SLACK = 3500  # bytes that a budget leaves for a base's name and weights and for what concepts tell; three concepts here do not
@@ -197,3 +197,31 @@ def test_a_cap_keeps_no_column_that_holds_nothing() -> None:
     held = Subspace.fit({"gone": draw(0, ONE, rank=4), "stays": draw(1, ONE, rank=2)}, capacity=ALL).drop("gone")
     after = held.merge({"new": draw(2, ONE, rank=5)}, capacity=Capacity(retain=None, rank=10))
     assert after.layers["unet.a"].rank == (7, 7)
+
+
+def test_a_layer_that_loses_all_of_its_columns_is_held_by_nobody(tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def one(scale: float) -> LoRA:
+        sides = {"unet.strong": 1.0, "unet.weak": scale}
+        return LoRA(
+            {
+                path: Factors(torch.randn(16, 2, generator=generator) * size, torch.randn(2, 16, generator=generator))
+                for path, size in sides.items()
+            }
+        )
+
+    subspace = Subspace.fit({"a": one(1e-3)}, capacity=Capacity(retain=None))
+    for budget in range(6_000, 2_000, -200):
+        try:
+            merged = subspace.merge({"b": one(1e-3)}, capacity=Capacity(budget=budget))
+        except ValueError:
+            break
+        merged.save(tmp_path / "s", replace=True)
+        held = Subspace.load(tmp_path / "s")
+        for concept in held.concepts.values():
+            assert all(min(held.layers[layer].rank) for layer in concept.coefficients)
+        if min(min(basis.rank) for basis in held.layers.values()) == 0:
+            break
+    else:
+        pytest.fail("no budget was tight enough")

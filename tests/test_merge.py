@@ -612,3 +612,19 @@ def test_a_product_that_tells_no_kernel_goes_beside_a_convolution_of_one_point(f
     assert subspace.lora("a").layers["unet.proj_in"].kernel == subspace.lora("b").layers["unet.proj_in"].kernel == (1, 1)
     with pytest.raises(ValueError, match="has kernel"):
         subspace.merge({"c": one((3, 1))})
+
+
+def test_dropping_what_was_merged_by_mistake_leaves_no_layer_of_it() -> None:
+    subspace = Subspace.fit({"a": draw(0)}, capacity=ALL)
+    stray = LoRA({"unet.nowhere": Factors(torch.randn(8, 2), torch.randn(2, 8))})
+    assert subspace.merge({"stray": stray}, capacity=ALL).drop("stray").layers.keys() == subspace.layers.keys()
+
+
+def test_a_subspace_holds_numbers_without_their_gradients() -> None:
+    lora = LoRA({path: Factors(entry.up.requires_grad_(), entry.down, entry.kernel) for path, entry in draw(0).layers.items()})
+    subspace = Subspace.fit({"a": lora}, capacity=ALL)
+    assert not any(side.requires_grad for basis in subspace.layers.values() for side in (basis.alpha, basis.beta))
+    assert not any(entry.alpha.requires_grad for entry in subspace["a"].coefficients.values())
+    assert subspace != Subspace.fit(
+        {"a": draw(0)}, capacity=ALL
+    )  # values are told apart by what they are, not by their tensors

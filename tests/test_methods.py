@@ -134,13 +134,32 @@ def test_ties_leaves_one_concept_alone_and_takes_the_mean_of_equals(table: CoreT
 
 
 def test_dare_drops_and_keeps_the_mean() -> None:
-    rows = torch.ones(2, 100_000)
-    dropped = drop_out(rows, 0.9, [1, 2])
+    rows, drawn = torch.ones(2, 100_000), torch.rand(2, 100_000, generator=torch.Generator().manual_seed(1))
+    dropped = drop_out(rows, 0.9, drawn)
     torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 10.0]))
     torch.testing.assert_close(dropped.mean(1), torch.ones(2), atol=0.04, rtol=0)
     assert not torch.equal(dropped[0], dropped[1])
-    assert torch.equal(drop_out(rows, 0.9, [1, 2]), dropped)
-    assert torch.equal(dare(rows, torch.ones(2), 0.0, [1, 2]), linear(rows, torch.ones(2)))
+    assert torch.equal(dare(rows, torch.ones(2), 0.0, drawn), linear(rows, torch.ones(2)))
+
+
+@pytest.mark.parametrize("method", ["ties density=0.3", "dare drop=0.5 seed=3"])
+def test_a_blend_is_the_same_in_a_file_that_has_grown(subspace: Subspace, table: CoreTable, method: str) -> None:
+    grown = subspace.merge({"later": draw(7)}, capacity=Capacity(retain=None))
+    wide = CoreTable(grown, block_groups(grown.layers))
+    assert wide.width > table.width
+    before, after = (dense(one.subspace, merged(one, f"a + b:-0.5 | {method}")) for one in (table, wide))
+    for path, update in before.items():
+        torch.testing.assert_close(after[path], update, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["unet", "text_encoder"])
+def test_tsv_needs_no_layers_of_the_other_part(kept: str) -> None:
+    loras = {name: LoRA({p: e for p, e in draw(seed).layers.items() if p.startswith(kept)}) for seed, name in enumerate("ab")}
+    bare = Subspace.fit(loras, capacity=Capacity(retain=None))
+    table = CoreTable(bare, block_groups(bare.layers))
+    active = Active([Blend.parse("a + b | tsv")], table, {})
+    for start, stop in ((0, table.text), (table.text, table.width)):
+        assert active.flat(active.moment(0.0), start, stop).shape == (1, 1, stop - start)
 
 
 @pytest.mark.parametrize("method", ["ties density=0.4", "dare drop=0.3 seed=5", "tsv", "norm-equalised"])

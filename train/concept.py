@@ -18,11 +18,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from flags import ELSEWHERE, ConceptSettings, check, most_norm, snr_of
 from fold import fold_in, report_of
 from machines import accelerator_of, keeps_states
@@ -61,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         told = settings.progress_file if os.environ.get("RANK", "0") == "0" else None  # one process of several tells
         progress = ProgressFile(Path(told) if told else None)
         learn(settings, progress)
-    except ValueError as error:
-        progress.tell(error=str(error))
+    except (ValueError, OSError) as error:
+        with suppress(OSError):  # the disk may be full
+            progress.tell(error=str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -131,7 +133,7 @@ def learn_checked(settings: ConceptSettings, progress: ProgressFile | None = Non
             save_png(sheet, folder / "sheet.png")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(held) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{error}; {held}") from error
     results = [folder / "sheet.png", folder / "report.json"] if shown else [folder / "report.json"]
     accelerator.print(summary(recipe.name, report, file, results))
@@ -216,10 +218,11 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
             if settings.validation_steps and (step + 1) % settings.validation_steps == 0:
                 watch.validate(step + 1, recorded)
             done = learned_enough(recorded, settings.early_stop)
-            due = (step + 1) % settings.checkpointing_steps == 0 or interruption.wanted
+            stop = agreed(accelerator, interruption.wanted)
+            due = (step + 1) % settings.checkpointing_steps == 0 or stop
             if due and accelerator.is_main_process and keeps_states(accelerator):
                 keep_state(run, step + 1, learner, optimizer, average, history, recorded)
-            if interruption.wanted:
+            if stop:
                 bar.close()
                 kept = keeps_states(accelerator)
                 raise KeyboardInterrupt("" if kept else "the subspace file is as it was; no state was kept to go on from")
@@ -236,6 +239,13 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
     return losses | ({"validations": recorded} if recorded else {})
 
 
+def agreed(accelerator: Accelerator, wanted: bool) -> bool:
+    """Whether any process was asked to stop: all leave after the same step, or one would wait for the others for ever."""
+    if accelerator.num_processes == 1:
+        return wanted
+    return bool(accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), "sum"))
+
+
 def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None, drawn: Draw, index: int) -> list[Seen]:
     """Add the gradients of the class's pictures and of what is to be preserved; return the class's losses."""
     settings, accelerator, seen = run.settings, run.accelerator, []
@@ -245,7 +255,9 @@ def further_losses(run: Run, model: torch.nn.Module, keeper: Preservation | None
         accelerator.backward(settings.prior_loss_weight * losses.mean())
         seen.append((losses.detach(), of_class, run.class_pictures))
     if keeper is not None:
-        accelerator.backward(settings.preserve_weight * keeper.loss(model, drawn, index, accelerator.device).mean())
+        with accelerator.autocast():  # the model casts by itself, the frozen one that it is held against does not
+            held = keeper.loss(model, drawn, index, accelerator.device).mean()
+        accelerator.backward(settings.preserve_weight * held)
     return seen
 
 

@@ -78,8 +78,9 @@ def finetune(run: Run, subspace: Subspace) -> Subspace:
         model = Denoiser(learner, run.pipeline, attached)
         for step in tqdm(range(settings.finetune_steps), desc="fine-tuning", unit="step"):
             optimizer.param_groups[0]["lr"] = rate * rate_factor("cosine", step, settings.finetune_steps, 0)
-            drawn = run.draw(3_000_000_000 + step)
-            losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device, *snr_of(settings))
+            drawn = run.draw(3_000_000_000 + step, whole=True)
+            with run.accelerator.autocast():
+                losses = denoising_loss(model, run.pipeline, run.pictures, drawn, device, *snr_of(settings))
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), most_norm(settings))
             refuse_nan(run, [(losses.detach(), drawn, run.pictures)], norm, step)

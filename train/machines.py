@@ -8,16 +8,18 @@ before any work, with what to use instead.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from flags import ConceptSettings
 
 from share_diffusion.subsets import read_subsets
 
 NO_SHARD = "NO_SHARD"
+PATIENCE = timedelta(hours=12)  # the others wait while one process draws class pictures, measures columns or awaits the file
 INSTEAD = "use configs/accelerate/multi_gpu.yaml, which trains the same without it"
 
 
@@ -29,10 +31,14 @@ def accelerator_of(settings: ConceptSettings, folder: Path) -> Accelerator:
         cpu=settings.cpu,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=folder / settings.logging_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps  # which accelerate's variable would change
     problems = []
     if accelerator.distributed_type == DistributedType.FSDP:
-        problems = problems_of_fsdp(accelerator.state.fsdp_plugin)
+        engine: Any = accelerator.state.fsdp_plugin
+        problems = problems_of_fsdp(engine)
+        engine.mixed_precision_policy = None  # what trains stays float32; the forward is cast as in DDP
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin: Any = accelerator.state.deepspeed_plugin
         problems = problems_of_deepspeed(settings, plugin.zero_stage)

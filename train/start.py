@@ -25,10 +25,11 @@ from share_diffusion.cache import Cache
 from share_diffusion.calibration import Survey, begin, shipped
 from share_diffusion.class_pictures import class_folder, draw_class, drawn_pictures
 from share_diffusion.data import Dataset, join_datasets, read_dataset
+from share_diffusion.drawing import BATCH
 from share_diffusion.learning import Frozen, denoising_loss, freeze
 from share_diffusion.loop import LOOK
 from share_diffusion.lora import LoRA
-from share_diffusion.memory import checkpoint_gradients, denoiser_of, park, quantise, use_xformers
+from share_diffusion.memory import checkpoint_gradients, denoiser_of, gather, park, quantise, use_xformers
 from share_diffusion.models import family_of
 from share_diffusion.models.identity import identify, weight_of
 from share_diffusion.models.layers import select, shape_of
@@ -86,11 +87,11 @@ class Run:
         """The components with layers that train."""
         return {path.partition(".")[0] for path in self.modules}
 
-    def draw(self, step: int) -> Draw:
-        """Return this process's share of what a batch sees."""
+    def draw(self, step: int, whole: bool = False) -> Draw:
+        """Return this process's share of what a batch sees, or the whole of it."""
         objective, variation = objective_of(self.settings), variation_of(self.settings)
-        whole = draw_step(self.pipeline, self.pictures, self.batch, self.settings.seed, step, objective, variation)
-        return self.mine(whole)
+        drawn = draw_step(self.pipeline, self.pictures, self.batch, self.settings.seed, step, objective, variation)
+        return drawn if whole else self.mine(drawn)
 
     def draw_class(self, step: int) -> Draw:
         """Return this process's share of a batch of class pictures."""
@@ -256,7 +257,10 @@ def prepare_class(
         folder = Path(settings.class_data_dir) if settings.class_data_dir else own
         folders = [(folder, settings.class_prompt, 1)]
         if accelerator.is_main_process and not settings.dry_run:
-            drawn = draw_class(pipeline, folder, settings.class_prompt, settings.num_class_images, framing.resolution)
+            if settings.low_vram:
+                gather(pipeline, accelerator.device)
+            many, side, batch = settings.num_class_images, framing.resolution, min(settings.train_batch_size, BATCH)
+            drawn = draw_class(pipeline, folder, settings.class_prompt, many, side, batch=batch)
             if drawn:
                 accelerator.print(f"drew {drawn} pictures of {settings.class_prompt!r} into {folder}/")
         accelerator.wait_for_everyone()

@@ -60,7 +60,8 @@ def overflow_problem(subspace: Subspace, term: Term) -> str | None:
     """Return why a term's own cores leave the range of float32, with the largest weight that fits, or None."""
     if not term.weight or term.name not in subspace.concepts:
         return None
-    peaks = (float(entry.core().abs().max()) for entry in subspace[term.name].coefficients.values())
+    cores = (entry.core() for entry in subspace[term.name].coefficients.values())
+    peaks = (float(core.abs().max()) for core in cores if core.numel())
     peak, factor = max(peaks, default=0.0), max((abs(factor) for _, factor in term.blocks or ()), default=1.0)
     if factor * max(peak, 1.0) > LARGEST:
         return f"{term.name}: the factor {factor:g} of its blocks leaves the range of float32; give it a smaller one"

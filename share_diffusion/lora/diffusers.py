@@ -96,6 +96,9 @@ def checked(config: Config) -> Config:
     problems = [f"{key} is {shown(config[key])}" for key in ("r", "lora_alpha") if not positive(config.get(key, 8))]
     problems += [f"peft_type is {shown(config['peft_type'])}"] if config.get("peft_type", "LORA") != "LORA" else []
     problems += ["use_dora is set"] if config.get("use_dora") else []
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "olora", "corda")):  # which take their part out of the base's weights
+        problems.append(f"init_lora_weights is {start}, which changes the base (save it with PEFT's conversion to LoRA)")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):

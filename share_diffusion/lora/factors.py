@@ -7,7 +7,7 @@ For a Conv2d, in = in_channels * kh * kw, which is how `weight.flatten(1)` lays 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ class Factors:
     def __post_init__(self) -> None:
         if problem := shape_problem(self.up, self.down, self.kernel):
             raise ValueError(problem)
+
+    def detached(self) -> Factors:
+        """Return the factors without gradients and in main memory; themselves where they are so already."""
+        if not any(side.requires_grad or side.device.type != "cpu" for side in (self.up, self.down)):
+            return self
+        return replace(self, up=self.up.detach().cpu(), down=self.down.detach().cpu())
 
     @property
     def rank(self) -> int:

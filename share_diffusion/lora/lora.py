@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,11 @@ class LoRA:
         homeless = [layer for layer in self.layers if layer.partition(".")[0] not in COMPONENTS]
         refuse([f"{layer}: expected a path that starts with one of {', '.join(COMPONENTS)}" for layer in homeless])
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+
+    def detached(self) -> LoRA:
+        """Return the LoRA as plain numbers in main memory, as a `Subspace` holds them; itself where it is so already."""
+        plain = {layer: entry.detached() for layer, entry in self.layers.items()}
+        return self if all(plain[layer] is entry for layer, entry in self.layers.items()) else replace(self, layers=plain)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], most: int = MOST) -> LoRA:

@@ -98,5 +98,10 @@ def order_of_samples(pipeline: Any, blends: int, samples: int) -> Tensor:
             f"(and as many negative prompts), in lists"
         )
     guided = bool(getattr(pipeline, "_guidance_scale", None)) and bool(getattr(pipeline, "do_classifier_free_guidance", False))
-    halves = 2 if guided and each % 2 == 0 else 1
+    if guided and each % 2:
+        raise ValueError(
+            f"{blends} blends are set, one a sample, and guidance doubles the {samples // 2} that are drawn at once; give "
+            f"{blends} prompts in one call (generate draws 16 at a time: pass batch={blends})"
+        )
+    halves = 2 if guided else 1
     return torch.arange(blends).repeat_interleave(each // halves).repeat(halves)
