@@ -26,13 +26,13 @@ def wish_of(engine: Any, values: tuple[Any, ...], paint: Paint | None = None) ->
 
     `paint` returns a blend with the regions that were just painted for it, and their masks.
     """
-    engine.refresh()
+    engine.look()
     return Wish.of({**engine.start.values, **asked_of(values, paint)}, engine.limits, list(engine.cards))
 
 
 def form_of(engine: Any, values: tuple[Any, ...]) -> Wish:
     """Return what the form shows, its problems left in: for comparing with, not for drawing."""
-    engine.refresh()
+    engine.look()
     try:
         asked = asked_of(values)
     except ValueError:  # a tag in the prompt, or the blend beside it, is half written
@@ -140,9 +140,9 @@ def wire_draw(engine: Any, studio: Studio, stage: Canvas, sessions: Sessions) ->
             stage.history: shown,
             stage.history_page: number,
             stage.history_line: text,
-            stage.chosen: first,
-            stage.take: gr.Button(interactive=True),
-            stage.remove: gr.Button(interactive=True),
+            stage.chosen: first if one else "",  # of several one is chosen first, in the gallery or the history
+            stage.take: gr.Button(interactive=one),
+            stage.remove: gr.Button(interactive=one),
         }
 
     def idle(text: str) -> dict[Any, Any]:

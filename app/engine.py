@@ -40,6 +40,7 @@ from share_diffusion.models.identity import weights_of
 from share_diffusion.overlap import SOME, overlaps
 from share_diffusion.subspace import Subspace
 
+MIXED = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 READY_MADE = TINY.parent / "concepts.safetensors"
 CARD_SEED = 7
 PREVIEW_EVERY = 3
@@ -73,6 +74,7 @@ class Engine:
     file: Path | None
     subspace: Subspace | None = None
     handle: AttachedSubspace | None = None
+    alike: Sequence[str] = ()  # flags that have a lesson load the base as it was loaded here
     lock: threading.Lock = field(default_factory=threading.Lock)
     people: threading.Event = field(default_factory=threading.Event)
 
@@ -83,6 +85,7 @@ class Engine:
         self.previewer = Previewer(self.pipeline)
         self.cards: dict[str, Card] = {}
         self.stamp: tuple[int, int] | None = None
+        self.trouble = ""  # what is wrong with the file as it lies there now
         self.wanted: list[str] = []
         self.failed: set[str] = set()
         self.drawn = 0
@@ -112,12 +115,26 @@ class Engine:
         if stamp == self.stamp:
             return False
         with self.lock:
-            subspace = Subspace.load(self.file, weights_of(self.pipeline))
-            self.swap(subspace)
-            self.subspace, self.stamp = subspace, stamp
+            try:
+                subspace = Subspace.load(self.file, weights_of(self.pipeline))
+                self.swap(subspace)
+            except (OSError, ValueError) as error:
+                self.stamp = stamp if self.subspace is not None else None  # what is attached goes on
+                self.trouble = str(error)
+                raise
+            self.subspace, self.stamp, self.trouble = subspace, stamp, ""
             version = subspace.basis_version
             self.cards = {name: card_of(concept, version) for name, concept in subspace.concepts.items()}
         return True
+
+    def look(self) -> None:
+        """Attach the file's present content, or go on with what is attached."""
+        try:
+            self.refresh()
+        except (OSError, ValueError) as error:
+            if self.subspace is None:
+                raise
+            log.warning("the subspace file cannot be read, the page goes on with what it has: %s", error)
 
     def swap(self, subspace: Subspace) -> None:
         """Put a subspace onto the model in the place of the present one, which stays where the new one does not fit."""
@@ -266,7 +283,7 @@ class Engine:
             raise ValueError("a concept is being learned already; wait for it, or cancel it")
         own = self.own_file
         lesson = Lesson.of(pictures, name, kind, trigger, steps, names_in(own if own.is_file() else self.file))
-        job = Job(lesson, own, self.base, self.folder / "lessons")
+        job = Job(lesson, own, self.base, self.folder / "lessons", self.alike)
         job.take_pictures()
         self.open_own()
         job.start()
@@ -385,7 +402,8 @@ def open_engine(
     own = own_place(folder, base)
     ready = READY_MADE if base == "tiny" else None
     chosen = file or (own if own.is_file() else ready if ready and ready.is_file() else None)
-    return Engine(pipeline, base, folder, chosen)
+    alike = [f"--mixed_precision={MIXED[dtype]}", *(["--cpu"] if torch.device(device).type == "cpu" else [])]
+    return Engine(pipeline, base, folder, chosen, alike=[*alike, *(["--local_files_only"] if local_files_only else [])])
 
 
 def own_place(folder: Path, base: str) -> Path:

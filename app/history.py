@@ -50,12 +50,18 @@ class History:
         return isinstance(name, str) and NAME.fullmatch(name) is not None and (self.folder / f"{name}.png").is_file()
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Return the settings inside a picture."""
-        return read_settings(self.path(name))
+        """Return the settings inside a picture; a damaged one has none."""
+        path = self.path(name)
+        try:
+            return read_settings(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return {}
 
     def remove(self, name: str) -> None:
-        """Delete a picture for good."""
+        """Delete a picture for good, the copies that the page served of it as well."""
         self.path(name).unlink()
+        for copy in (self.folder.parent / "uploads").glob(f"*/{name}.*"):
+            copy.unlink(missing_ok=True)
 
     def page(self, number: int, size: int) -> tuple[list[dict[str, Any]], int]:
         """Return the tiles of a page of pictures, newest first, and how many pages there are."""

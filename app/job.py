@@ -84,8 +84,8 @@ class Progress:
 class Job:
     """One process that learns one lesson into a subspace file."""
 
-    def __init__(self, lesson: Lesson, file: Path, base: str, folder: Path) -> None:
-        self.lesson, self.file, self.base = lesson, file, base
+    def __init__(self, lesson: Lesson, file: Path, base: str, folder: Path, alike: Sequence[str] = ()) -> None:
+        self.lesson, self.file, self.base, self.alike = lesson, file, base, tuple(alike)
         self.folder = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(lesson.name)}"
         self.facts = self.folder / "progress.jsonl"
         self.process: subprocess.Popen[bytes] | None = None
@@ -134,7 +134,7 @@ class Job:
             "validation_steps": str(max(1, lesson.steps // 5)),
         }
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
-        return [*launcher, *(f"--{name}={value}" for name, value in flags.items()), "--no-sheet"]
+        return [*launcher, *(f"--{name}={value}" for name, value in flags.items()), "--no-sheet", *self.alike]
 
     def watch(self) -> Iterator[Progress]:
         """Yield what is known whenever there is more; ends when the process has."""
@@ -151,10 +151,19 @@ class Job:
             if ended:
                 break
             time.sleep(LOOK)
+        if progress.state != "done" and self.held():
+            progress.state = "done"  # it ended after the merge
         if progress.state not in ("done", "failed"):
             progress.state = "cancelled" if self.cancelled else "failed"
             progress.problem = progress.problem or self.last_words()
         yield progress
+
+    def held(self) -> bool:
+        """Whether the subspace file holds the concept."""
+        try:
+            return self.lesson.name in names_in(self.file)
+        except (OSError, ValueError):
+            return False
 
     def take_in(self, progress: Progress, line: dict[str, Any]) -> None:
         """Add one line of the progress file to what is known."""

@@ -18,7 +18,7 @@ from app.regions import regions
 from app.remember import browser_form, form_from, wire_remember
 from app.restoring import restoring, wire_restoring
 from app.shelf import shelf_state, wire_blend, wire_library
-from app.speak import said, spoken
+from app.speak import plain, said, spoken
 from app.studio import QUIET, Canvas, Studio, canvas, controls, library
 from app.taking import taking
 from app.words import WORDS
@@ -88,8 +88,8 @@ def wire_load(page: gr.Blocks, engine: Any, saved: gr.BrowserState, studio: Stud
         if problem:
             filled[stage.meter] = {"text": problem}
         filled |= {stage.history: shown, stage.history_page: number, stage.history_line: text}
-        if shown["tiles"]:
-            filled[stage.picture] = str(engine.history.path(shown["tiles"][0]["id"]))
+        if whole := [tile["id"] for tile in shown["tiles"] if tile["picture"]]:
+            filled[stage.picture] = str(engine.history.path(whole[0]))
         return filled
 
     outputs = [*studio.fields.values(), *heads, studio.mixer]
@@ -103,7 +103,7 @@ def looked(engine: Any) -> str:
         engine.refresh()
     except (OSError, ValueError) as error:
         return said(error)
-    return ""
+    return plain(engine.trouble)
 
 
 def appearance() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -46,16 +47,23 @@ def wire_history(engine: Any, stage: Canvas) -> None:
     def remove(name: str, number: int) -> tuple[Any, ...]:
         engine.history.remove(name)
         off = gr.Button(interactive=False)
-        return *history_of(engine, number), gr.Image(None), {"text": WORDS.removed}, "", off, off
+        return *history_of(engine, number), gr.Image(None), gr.Gallery(visible=False), {"text": WORDS.removed}, "", off, off
+
+    @spoken
+    def pick(event: gr.SelectData) -> tuple[Any, ...]:
+        name = Path(str(event.value["image"]["path"])).stem
+        there = engine.history.holds(name)
+        return name if there else "", gr.Button(interactive=there), gr.Button(interactive=there)
 
     chosen = [stage.picture, stage.batch, stage.meter, stage.history, stage.chosen, stage.take, stage.remove]
     stage.history.click(choose, [stage.history_page], chosen, **QUIET)
     stage.remove.click(
         remove,
         [stage.chosen, stage.history_page],
-        [*strip, stage.picture, stage.meter, stage.chosen, stage.take, stage.remove],
+        [*strip, stage.picture, stage.batch, stage.meter, stage.chosen, stage.take, stage.remove],
         **QUIET,
     )
+    stage.batch.select(pick, None, [stage.chosen, stage.take, stage.remove], **QUIET)
     stage.history_line.change(lambda number: turns(engine, number), stage.history_page, [stage.newer, stage.older], **QUIET)
     stage.newer.click(lambda number: history_of(engine, number - 1), [stage.history_page], strip, **QUIET)
     stage.older.click(lambda number: history_of(engine, number + 1), [stage.history_page], strip, **QUIET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gradio as gr
 from app import mix
 from app.studio import QUIET, Studio
 from app.wish import checked
+from share_diffusion.blend import Blend
 
 KEY = "share-form"
 
@@ -40,6 +42,15 @@ def form_from(saved: Any, engine: Any) -> tuple[dict[str, Any], mix.Mixer]:
     values, _ = checked(saved if isinstance(saved, dict) else {}, engine.limits)
     values = {name: value for name, value in values.items() if value != getattr(engine.start, name)}
     try:
+        if "blend" in values:
+            values["blend"] = without_painted(values["blend"])
         return values, mix.mixer_of(values.get("blend", ""))
     except ValueError:
         return {**values, "blend": ""}, mix.mixer_of("")
+
+
+def without_painted(text: str) -> str:
+    """Return a blend whose painted regions are gone, since a browser keeps none of them: their concepts act everywhere."""
+    blend = Blend.parse(text)
+    terms = [replace(term, region=None) if term.region and term.region.mask else term for term in blend.terms]
+    return str(Blend(terms, blend.method))

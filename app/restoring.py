@@ -17,6 +17,7 @@ from app.speak import spoken
 from app.studio import QUIET, Canvas, Library, Studio
 from app.wish import Wish, restored
 from app.words import WORDS
+from share_diffusion.base import base_name
 from share_diffusion.drawing import read_settings
 from share_diffusion.pictures import MAX_PIXELS
 
@@ -76,7 +77,7 @@ def wire_restoring(engine: Any, studio: Studio, stage: Canvas, shelf: Library, p
         if "cells" in settings and "blend" not in settings:
             return gr.Accordion(open=True), none(), WORDS.restore_sheet, hidden(), hidden(), None
         now = form_of(engine, form)
-        then, notes = restored(settings, now, engine.limits, list(engine.cards))
+        then, notes = restored(settings, now, engine.limits, list(engine.cards), base_name(engine.base))
         rows = changes_of(now, then)
         if not rows:
             return gr.Accordion(open=True), none(), WORDS.restore_same, hidden(), hidden(), None

@@ -87,6 +87,8 @@ def prepare(folder: Path) -> None:
         raise ValueError(f"cannot make the folder {uploads} ({error.strerror}); choose another --output_dir") from None
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("NO_PROXY", "no_proxy"):  # gradio looks whether the page answers, which is nothing for a proxy
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name, ""), "127.0.0.1", "localhost"]))
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 

@@ -119,7 +119,7 @@ def controls(engine: Any) -> Studio:
                 0, limits.guidance_scale, start.guidance_scale, step=0.1, label=WORDS.guidance, elem_id="guidance"
             )
             sampler = gr.Dropdown(list(limits.samplers), value=start.sampler, label=WORDS.sampler, elem_id="sampler")
-            sides = {"minimum": min(32, limits.side), "maximum": limits.most_side, "step": 16, "min_width": 120}
+            sides = {"minimum": 16, "maximum": limits.most_side, "step": 16, "min_width": 120}
             with gr.Row(elem_classes="pair"):
                 width = gr.Slider(value=start.width, label=WORDS.width, elem_id="width", **sides)
                 height = gr.Slider(value=start.height, label=WORDS.height, elem_id="height", **sides)

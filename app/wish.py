@@ -184,9 +184,19 @@ def some(names: Sequence[str]) -> str:
     return (", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")) or "no concept yet"
 
 
-def restored(settings: Mapping[str, Any], now: Wish, limits: Limits, known: Sequence[str]) -> tuple[Wish, list[str]]:
-    """Return the wish that a picture's settings describe, and notes on what could not be taken over."""
+def restored(
+    settings: Mapping[str, Any], now: Wish, limits: Limits, known: Sequence[str], base: str = ""
+) -> tuple[Wish, list[str]]:
+    """Return the wish that a picture's settings describe, and notes on what could not be taken over.
+
+    A picture that names no sampler was drawn with the base's own. `base` is the one that is loaded here.
+    """
     clean, notes = checked(settings, limits)
+    if "steps" in settings and "sampler" not in settings:
+        clean["sampler"] = limits.samplers[0]
+    drawn_with = settings.get("base")
+    if base and isinstance(drawn_with, str) and drawn_with and drawn_with != base:
+        notes.append(f"it was drawn with the base {drawn_with[:60]!r}, not {base!r}: the picture will be another one")
     written = str(clean.pop("blend", ""))
     try:
         blend = Blend.parse(written)

@@ -19,7 +19,7 @@ class Words:
     tab_inside = "Inside"
 
     prompt = "Prompt"
-    prompt_hint = "a robot on a beach  (Enter draws)"
+    prompt_hint = "a robot on a beach  (Shift+Enter draws)"
     blend = "Blend"
     blend_empty = "Choose concepts from the cards. Each gets a slider."
     written = "Blend as text"

@@ -21,6 +21,7 @@ Every command is a file in `commands/`; here they are listed, and an error becom
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -81,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)
-    except ValueError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, and nothing is to be said at the exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
@@ -94,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 0
 
 

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 VERSION = 1  # of what a key means
+ROOM = 2**29  # bytes of captions that are not the data set's own
 
 
 class Cache:
@@ -84,10 +86,17 @@ def identity_of(module: nn.Module) -> str:
 
 
 class TextCache:
-    """Captions as the frozen text encoders see them, each encoded once and by itself, whatever batch it comes in."""
+    """Captions as the frozen text encoders see them, each encoded by itself, whatever batch it comes in.
 
-    def __init__(self, encode: Callable[[str], Mapping[str, Tensor]], identity: str, cache: Cache) -> None:
-        self.encode, self.identity, self.cache = encode, identity, cache
+    Those of the data set (`known`) are encoded once; of the others, which shuffling and dropping tags make without end, the
+    latest are held, at most `ROOM` bytes of them.
+    """
+
+    def __init__(
+        self, encode: Callable[[str], Mapping[str, Tensor]], identity: str, cache: Cache, known: Collection[str]
+    ) -> None:
+        self.encode, self.identity, self.cache, self.known = encode, identity, cache, frozenset(known)
+        self.recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def states(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the states of captions, {name: (n, ...)}."""
@@ -96,9 +105,21 @@ class TextCache:
 
     def state(self, caption: str) -> dict[str, Tensor]:
         """Return one caption's states, {name: (1, ...)}."""
+        if caption not in self.known:
+            return self.passing(caption)
         key = key_of("text", self.identity, caption)
         found = self.cache.find(key)
         if found is None:
             found = {name: tensor.cpu() for name, tensor in self.encode(caption).items()}
             self.cache.keep(key, found)
         return found
+
+    def passing(self, caption: str) -> dict[str, Tensor]:
+        """Return the states of a caption that is not the data set's own, and hold them while there is room."""
+        if caption not in self.recent:
+            self.recent[caption] = {name: tensor.cpu() for name, tensor in self.encode(caption).items()}
+            each = sum(tensor.nbytes for tensor in self.recent[caption].values())
+            while len(self.recent) > 1 and each * len(self.recent) > ROOM:
+                self.recent.popitem(last=False)
+        self.recent.move_to_end(caption)
+        return self.recent[caption]

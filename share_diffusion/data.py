@@ -153,10 +153,13 @@ def _split(root: Path) -> Path:
 
 def _masks(files: Sequence[Path]) -> tuple[dict[Path, Path], list[Path], Skipped]:
     """The mask of each picture that has one, the other files, and masks of no picture."""
-    stems = {file.with_suffix(""): file for file in files if file.suffix.lower() in PICTURES and not _is_mask(file)}
-    found = [file for file in files if _is_mask(file)]
-    masks = {stems[owner]: file for file in found if (owner := file.with_name(file.stem).with_suffix("")) in stems}
-    lost = [(file, "is the mask of a picture that is not there; remove it") for file in found if file not in masks.values()]
+    pictures = [file for file in files if file.suffix.lower() in PICTURES and not _is_mask(file)]
+    found = {key_of_file(file.with_name(file.stem).with_suffix("")): file for file in files if _is_mask(file)}
+    owners = {picture: key_of_file(picture.with_suffix("")) for picture in pictures}  # a.png and a.jpg may share one
+    masks = {picture: found[owner] for picture, owner in owners.items() if owner in found}
+    lost = [
+        (file, "is the mask of a picture that is not there; remove it") for file in found.values() if file not in masks.values()
+    ]
     return masks, [file for file in files if not _is_mask(file)], lost
 
 

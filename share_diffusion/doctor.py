@@ -9,12 +9,12 @@ import torch
 
 from share_diffusion.base import TINY
 
-NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "filelock", "pillow", "numpy")
+NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "filelock", "pillow", "numpy", "tqdm")
 OPTIONAL = {
-    "gradio": ("the page", "pip install 'share-diffusion[app]'"),
-    "xformers": ("memory-efficient attention on NVIDIA GPUs", "pip install 'share-diffusion[xformers]'"),
-    "tensorboard": ("training curves", "pip install 'share-diffusion[tracking]'"),
-    "wandb": ("training curves on Weights & Biases", "pip install 'share-diffusion[tracking]'"),
+    "gradio": ("the page", "pip install -e '.[app]', in the repository"),
+    "xformers": ("memory-efficient attention on NVIDIA GPUs", "pip install xformers"),
+    "tensorboard": ("training curves", "pip install tensorboard"),
+    "wandb": ("training curves on Weights & Biases", "pip install wandb"),
 }
 
 
@@ -41,7 +41,7 @@ def examine() -> str:
     lines = [f"python         {platform.python_version()} on {platform.system()}", f"device         {device()}"]
     for package in NEEDED:
         found = version(package)
-        lines.append(f"{package:<14} {found or 'MISSING: pip install share-diffusion'}")
+        lines.append(f"{package:<14} {found or 'MISSING: pip install -e ., in the repository'}")
     for package, (purpose, remedy) in OPTIONAL.items():
         lines.append(f"{package:<14} {version(package) or f'not installed; for {purpose}: {remedy}'}")
     present = (TINY / "model_index.json").is_file()

@@ -25,6 +25,7 @@ RATE = 2e-2  # of coefficients
 FACTOR_RATE = 1.6e-2  # of temporary factors
 LORA_RATE = 2e-3  # of ordinary LoRAs: they are the ones that a high rate throws off
 SHRINK = 2.4  # rate x decay x steps: over a run at a steady rate, what the loss does not ask for shrinks by exp(-SHRINK)
+FREE = ("prodigy",)  # find their rate by themselves, as a factor of one rate that all groups have
 DECAYING = ("adamw", "adamw8bit")  # with a decay of their own where the arguments name none
 
 KNOWN = {
@@ -80,11 +81,16 @@ def find_class(name: str, path: str, package: str) -> Any:
     if not attribute:
         raise ValueError(f"optimizer {name!r} is not known; known are {', '.join(KNOWN)}, or give module:Class")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise ValueError(f"optimizer {name} needs {package}, which is not installed: pip install {package}") from error
     except AttributeError:
         raise ValueError(f"optimizer {name!r}: {module} has no {attribute}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer {name!r}: {error}; give module:Class") from None
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer {name!r} is no torch.optim.Optimizer; give the class of one")
+    return found
 
 
 def parse_argument(word: str) -> tuple[str, Any]:

@@ -175,7 +175,7 @@ def prepare_pictures(
         files=tuple(example.picture.name for example in examples),
         sizes=tuple(sizes),
         places=tuple(place for place, example in enumerate(examples) for _ in range(example.repeats)),
-        texts=text_cache(pipeline, family, cache) if freeze_text else None,
+        texts=text_cache(pipeline, family, cache, captions) if freeze_text else None,
         tokens=lambda texts: tokenize(family, pipeline, texts),
     )
 
@@ -256,7 +256,7 @@ def frame(
     return family.framing(pipeline, [original] * len(corners), corners, size)
 
 
-def text_cache(pipeline: Any, family: Family, cache: Cache | None) -> TextCache:
+def text_cache(pipeline: Any, family: Family, cache: Cache | None, captions: Sequence[str]) -> TextCache:
     """Return the states of captions from the frozen text encoders."""
 
     @torch.no_grad()
@@ -268,4 +268,4 @@ def text_cache(pipeline: Any, family: Family, cache: Cache | None) -> TextCache:
     if cache is not None and cache.folder:
         lengths = {name: ids.shape[1] for name, ids in sorted(tokenize(family, pipeline, [""]).items())}
         identity = "".join(identity_of(module) for module in encoders) + str(lengths)
-    return TextCache(encode, identity, cache or Cache())
+    return TextCache(encode, identity, cache or Cache(), captions)

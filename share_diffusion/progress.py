@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ class ProgressFile:
                 raise ValueError(f"--progress_file {path}: {error.strerror or error}; choose another file") from None
 
     def tell(self, **facts: Any) -> None:
-        """Write one line, with the seconds since the start."""
+        """Write one line, with the seconds since the start; a full disk leaves it out, and the run goes on."""
         if self.path is not None:
             facts["seconds"] = round(time.perf_counter() - self.started, 3)
-            with self.path.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts, sort_keys=True) + "\n")
 
 

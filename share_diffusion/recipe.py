@@ -81,7 +81,8 @@ def find_recipe(
     instance_prompt = instance_prompt or section.get("instance_prompt")
     kind = kind or str(values.get("kind", "style"))
     word = trigger or values.get("trigger") or default_trigger(name, instance_prompt)
-    asked = tuple(prompts) or tuple(values.get("sample", {}).get("prompts", ()))
+    own_prompts = values.get("sample", {}).get("prompts", ()) if folder is None else ()  # other pictures, another trigger
+    asked = tuple(prompts) or tuple(own_prompts)
     return Recipe(
         name=name,
         kind=kind,
@@ -123,6 +124,8 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     problems += wrong_keys(values.get("sample", {}), SAMPLE_KEYS, "sample.") if not problems else []
     if values.get("kind", "style") not in KINDS:
         problems.append(f"kind is {values['kind']!r}; it is one of {', '.join(KINDS)}")
+    if not problems and check_name(values.get("name", path.stem)) != unicodedata.normalize("NFC", path.stem):
+        problems.append(f"name is {values['name']!r}, and the file's own is {path.stem!r}; make them the same")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     return values
@@ -137,8 +140,10 @@ def wrong_keys(values: dict[str, Any], known: dict[str, type], prefix: str) -> l
             problems.append(
                 f"unknown key {prefix}{key}" + (f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}")
             )
-        elif not isinstance(value, known[key]):
+        elif not isinstance(value, known[key]) or isinstance(value, bool):
             problems.append(f"{prefix}{key} is {value!r}; expected {known[key].__name__}")
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            problems.append(f"{prefix}{key} is {value!r}; expected a list of texts")
     return problems
 
 

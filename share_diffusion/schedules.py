@@ -15,11 +15,11 @@ SCHEDULES = (
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup: int, cycles: int = 1, power: float = 1.0) -> float:
-    """Return the learning rate's factor at a step: linear warm-up, then as the schedule says.
+    """Return the learning rate's factor at a step: linear warm-up (but of `constant`), then as the schedule says.
 
     `cosine_with_restarts` falls `cycles` times, `polynomial` as (1 - progress) ** power.
     """
-    if step < warmup:
+    if step < warmup and schedule != "constant":
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     if schedule == "cosine_with_restarts":

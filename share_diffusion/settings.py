@@ -87,7 +87,7 @@ def _build(settings: type, prog: str | None, description: str | None) -> _Parser
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -103,8 +103,12 @@ def _read_config(path: str, parser: _Parser) -> list[str]:
     for key, value in values.items():
         if isinstance(value, bool):
             words.append(f"--{key}" if value else f"--no-{key}")
+        elif key == "config":
+            parser.error(f"--config {path}: a file of flags names no further one; copy its flags here")
         elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
+            action = parser._option_string_actions.get(f"--{key}")
+            many = action is None or action.nargs == "+"
+            words += [f"--{key}", *map(str, value)] if many else [f"--{key}={','.join(map(str, value))}"]
         else:
             words += [f"--{key}={value}"]
     return words
@@ -138,10 +142,12 @@ def parse(
     parser = _build(settings, prog, description)
     words = list(sys.argv[1:] if argv is None else argv)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(words)[0].config
-    if path:
-        words = _read_config(path, parser) + words
+    config.add_argument("--config", action="append", default=[])
+    paths = config.parse_known_args(words)[0].config
+    if len(paths) > 1:
+        parser.error(f"--config is given {len(paths)} times ({', '.join(paths)}); give one file, and further flags by hand")
+    if paths:
+        words = _read_config(paths[0], parser) + words
     values, unknown = parser.parse_known_args(words)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]

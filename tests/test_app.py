@@ -4,6 +4,8 @@ Facts, not clicks: the browser tests in `tests/browser/` do the clicking.
 """
 
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -113,6 +115,14 @@ def test_a_picture_gives_back_every_setting(tmp_path):
     assert notes == []
     assert (wish.prompt, wish.seed, wish.steps, wish.guidance_scale, wish.negative_prompt) == ("a robot", 7, 12, 2.5, "fog")
     assert (wish.blend, wish.sampler, wish.count) == ("robot:0.5 + watercolor:-0.25", "Euler", 1)
+
+
+def test_a_picture_of_the_command_line_brings_the_bases_own_sampler_and_another_base_is_told():
+    settings = {"prompt": "a", "steps": 12, "base": "sdxl"}
+    wish, notes = restored(settings, Wish(sampler="Euler"), LIMITS, KNOWN, "tiny")
+    assert wish.sampler == LIMITS.samplers[0]
+    assert len(notes) == 1
+    assert "'sdxl', not 'tiny'" in notes[0]
 
 
 def test_what_a_picture_says_wrongly_is_left_out_and_told(tmp_path):
@@ -408,6 +418,19 @@ def test_a_file_that_is_no_picture_stops_a_lesson_before_it_starts(tmp_path):
     assert list((tmp_path / "lessons").iterdir()) == []
 
 
+def test_a_lesson_loads_the_base_as_the_page_did_and_ends_as_the_file_says(subspace, tmp_path):
+    lesson = Lesson.of(["a.png"], "robot", "subject", "", 10, [])
+    job = Job(lesson, tmp_path / "s.safetensors", "tiny", tmp_path / "lessons", ["--cpu", "--local_files_only"])
+    assert job.command(tmp_path)[-2:] == ["--cpu", "--local_files_only"]
+    job.folder.mkdir(parents=True)
+    (job.folder / "log.txt").write_text("stopped")
+    for held, state in ((False, "cancelled"), (True, "done")):  # a stop that comes after the merge
+        if held:
+            subspace.save(job.file)
+        job.process, job.cancelled = subprocess.Popen([sys.executable, "-c", ""]), True
+        assert list(job.watch())[-1].state == state
+
+
 def test_progress_is_read_line_by_line_while_it_grows(tmp_path):
     path = tmp_path / "p.jsonl"
     writer = ProgressFile(path)
@@ -468,6 +491,8 @@ def test_what_the_browser_kept_is_checked(tmp_path):
     assert values == {"prompt": "a", "blend": ""}
     assert mixer == mixer_of("")
     assert form_from("<script>", Engine()) == ({}, mixer_of(""))
+    painted = "robot:0.5[region=@painted1 soft=0.1] + watercolor[region=left]"
+    assert form_from({"blend": painted}, Engine())[0]["blend"] == "robot:0.5 + watercolor:1[region=left]"
     assert checked({}, LIMITS) == ({}, [])
 
 

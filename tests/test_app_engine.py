@@ -84,6 +84,17 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_on_the_model(engine, file, 
     assert list(engine.draw([engine.start.changed(blend="robot:1", steps=1)], keep=False))
 
 
+def test_a_damaged_file_is_told_of_and_drawing_goes_on(engine, file, page):
+    before = spoiled(file)
+    engine.look()
+    assert list(engine.draw([engine.start.changed(blend="robot:1", steps=1)], keep=False))
+    for _ in range(2):
+        assert file.name in event(page, "wire_load.load")({})[part(page, "status")]["text"]
+    file.write_bytes(before)
+    assert engine.refresh()
+    assert part(page, "status") not in event(page, "wire_load.load")({})
+
+
 @pytest.mark.parametrize("spoil", [spoiled, lambda path: path.unlink()])
 def test_a_page_fills_whatever_became_of_the_file(engine, file, page, spoil):
     spoil(file)

@@ -23,7 +23,7 @@ from app.words import WORDS
 from share_diffusion.blend import Blend
 
 LIMITS = Limits(64, ("DDIM", "Euler"))
-ENGINE = SimpleNamespace(limits=LIMITS, start=Wish(), cards={"watercolor": None, "robot": None}, refresh=lambda: None)
+ENGINE = SimpleNamespace(limits=LIMITS, start=Wish(), cards={"watercolor": None, "robot": None}, look=lambda: None)
 
 
 def form(blend, masks=None, **values):

@@ -193,7 +193,7 @@ def test_a_line_for_kohyas_trainer_runs_or_says_what_to_use(workplace, capsys):
         "--pretrained_model_name_or_path=tiny --train_data_dir=photos --output_name=mycat --resolution=64,64 --enable_bucket "
         "--bucket_reso_steps=16 --network_dim=4 --optimizer_type=AdamW --unet_lr=1e-2 --text_encoder_lr=5e-3 --flip_aug "
         "--min_snr_gamma=5 --lr_scheduler=constant_with_warmup --lr_warmup_steps=2 --max_train_epochs=1 --shuffle_caption "
-        "--keep_tokens=1 --save_last_n_steps=2 --noise_offset=0.05 --seed=1 --gradient_checkpointing"
+        "--keep_tokens=1 --noise_offset=0.05 --seed=1 --gradient_checkpointing"
     )
     own_photos(workplace)
     folder = workplace / "photos" / "2_mycat"

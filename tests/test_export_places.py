@@ -241,3 +241,23 @@ def test_without_a_name_the_folder_gives_it(
 def test_a_name_is_checked(subspace: Subspace, tmp_path: Path, name: str, format: str, words: str) -> None:
     output = tmp_path / ("x" if format == "comfyui" else "x.safetensors")
     refused(words, tmp_path, subspace, "ink", output, format=format, name=name)
+
+
+# One file
+
+
+@pytest.mark.parametrize("format", ["kohya", "checkpoint"])
+def test_a_subspace_file_is_no_earlier_export(sd: Any, subspace: Subspace, tmp_path: Path, format: str) -> None:
+    subspace.save(tmp_path / "mine.safetensors")
+    options: dict[str, Any] = {"format": format, "pipeline": sd, "preview": False, "replace": True}
+    refused("is a subspace file or a patch", tmp_path, subspace, "ink", tmp_path / "mine.safetensors", **options)
+
+
+def test_a_preview_of_what_is_replaced_goes_with_it(sd: Any, subspace: Subspace, tmp_path: Path) -> None:
+    export(subspace, "ink", tmp_path / "a.safetensors", pipeline=sd)
+    assert (tmp_path / "a.png").exists()
+    export(subspace, "owl", tmp_path / "a.safetensors", replace=True)
+    assert not (tmp_path / "a.png").exists()
+    (tmp_path / "b.png").write_bytes(b"my own")
+    export(subspace, "owl", tmp_path / "b.safetensors", replace=True)
+    assert (tmp_path / "b.png").read_bytes() == b"my own"

@@ -279,6 +279,7 @@ def test_schedules_end_where_they_should():
     assert rate_factor("cosine_with_restarts", 49, 100, 0, cycles=2) < 0.01
     assert rate_factor("polynomial", 50, 100, 0, power=2) == pytest.approx(0.25)
     assert rate_factor("constant_with_warmup", 4, 100, 10) == 0.5
+    assert rate_factor("constant", 0, 100, 10) == 1.0
     with pytest.raises(ValueError, match="lr_scheduler is 'sine'"):
         rate_factor("sine", 5, 10, 0)
 

@@ -218,7 +218,8 @@ def optimize(
         modules, avg_fn=lambda mean, new, count: mean + (new - mean) * max(0.001, 1 / (1 + count.item() / 8))
     )
     optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    first, log = resume(work / f"{name}.pt", modules, average, optimizer)
+    facts = {key: getattr(settings, key) for key in ("seed", "scenes", "textures", "captions")}
+    first, log = resume(work / f"{name}.pt", modules, average, optimizer, facts)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="step", mininterval=5)
     started, sums = time.perf_counter(), {}
     for step in bar:
@@ -240,15 +241,22 @@ def optimize(
             log.append({"stage": name, "step": step + 1, "seconds": round(time.perf_counter() - started, 1), **sums})
             sums = {}
         if (step + 1) % settings.checkpointing_steps == 0 or step + 1 == steps:
-            save_state(work / f"{name}.pt", step + 1, modules, average, optimizer, log)
+            save_state(work / f"{name}.pt", step + 1, modules, average, optimizer, log, facts)
     return average.module
 
 
-def resume(path: Path, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-    """Restore a stage's last checkpoint and return its step and log, or (0, []) where there is none."""
+def resume(
+    path: Path, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, int]
+) -> tuple[int, list[dict]]:
+    """Restore a stage's last checkpoint and return its step and log, or (0, []) where there is none.
+
+    Raises ValueError where it is of a run with other settings.
+    """
     if not path.exists():
         return 0, []
     state = torch.load(path, weights_only=True)
+    if wrong := [f"{key} {value} (now {facts[key]})" for key, value in state.get("facts", {}).items() if value != facts[key]]:
+        raise ValueError(f"{path} is of a run with {', '.join(wrong)}; remove it, or choose another --work_dir")
     modules.load_state_dict(state["modules"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
@@ -256,12 +264,18 @@ def resume(path: Path, modules: nn.Module, average: nn.Module, optimizer: torch.
 
 
 def save_state(
-    path: Path, step: int, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, log: list[dict]
+    path: Path,
+    step: int,
+    modules: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    log: list[dict],
+    facts: dict[str, int],
 ) -> None:
     """Write a checkpoint whole or not at all."""
     state = {"modules": modules.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
     part = path.with_suffix(".part")
-    torch.save({**state, "step": step, "log": log}, part)
+    torch.save({**state, "step": step, "log": log, "facts": facts}, part)
     part.replace(path)
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         progress = ProgressFile(Path(told) if told else None)
         learn(settings, progress)
     except (ValueError, OSError) as error:
-        with suppress(OSError):  # the disk may be full
-            progress.tell(error=str(error))
+        progress.tell(error=str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -191,9 +190,7 @@ def train(run: Run, learner: Learner, attached: Attached, beginning: Beginning, 
     done = learned_enough(recorded, settings.early_stop)  # a state may have been taken at the step that was the last
     with Interruption() as interruption:
         for step in () if done else bar:
-            factor = rate_factor(
-                settings.lr_scheduler, step, run.steps, settings.lr_warmup_steps, settings.lr_num_cycles, settings.lr_power
-            )
+            factor = rate_factor(settings.lr_scheduler, step, run.steps, run.warmup, settings.lr_num_cycles, settings.lr_power)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             total, seen = torch.zeros((), device=accelerator.device), []

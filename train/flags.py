@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from share_diffusion.memory import QUANTISED
 from share_diffusion.models.noise import WEIGHTINGS
 from share_diffusion.objective import Objective
 from share_diffusion.optimizers import FACTOR_RATE, LORA_RATE, RATE, SHRINK, make_optimizer
+from share_diffusion.optimizers import FREE as FREE_RATES
 from share_diffusion.schedules import SCHEDULES
 from share_diffusion.settings import flag, side
 from share_diffusion.subspace import ORIGINS, Origin
@@ -145,13 +147,15 @@ class ConceptSettings:
     report_to: str = flag("none", "where losses are logged", choices=TRACKERS, aliases=("log_with",))
     logging_dir: str = flag("logs", "the logs' folder, below the concept's own")
     checkpointing_steps: int = flag(50, "steps between two checkpoints", aliases=("save_every_n_steps",))
-    checkpoints_total_limit: int | None = flag(2, "checkpoints that are kept", aliases=("save_last_n_steps",))
+    checkpoints_total_limit: int | None = flag(2, "checkpoints that are kept")
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint folder, latest, or auto (the latest if it fits this run)", aliases=("resume",)
     )
     sheet: bool = flag(True, "draw the contact sheet")
     progress_file: str | None = flag(None, "a file of JSON lines that tells other programs how far the run is")
-    dry_run: bool = flag(False, "print the plan and what is wrong with the data, and change nothing")
+    dry_run: bool = flag(
+        False, "print the plan and what is wrong with the data, and learn nothing (a ready-made concept's pictures are drawn)"
+    )
     local_files_only: bool = flag(False, "never ask the hub")
     cpu: bool = flag(False, "train on the CPU even where there is an accelerator")
 
@@ -198,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     ("above 0 and below 1, 0.99 is usual; without the flag there is no average", lambda value: 0 < value < 1, ("ema_decay",)),
 )  # fmt: skip
 
+NONE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 ALWAYS = "leave it out, that is always so"
 ELSEWHERE = {
     "network_module": "leave it out; what trains is chosen by --adaptation",
@@ -216,6 +221,20 @@ ELSEWHERE = {
     "mem_eff_attn": ALWAYS,
     "save_model_as": "leave it out; the file is .safetensors",
     "save_precision": "leave it out; the file holds float16, and what trains is float32",
+    "save_last_n_steps": "use --checkpoints_total_limit, which counts checkpoints",
+    "revision": "give --pretrained_model_name_or_path a folder of that revision",
+    "variant": "leave it out, or give --pretrained_model_name_or_path a folder of that variant",
+    "adam_beta1": "use --optimizer_args betas=(0.9,0.99)",
+    "adam_beta2": "use --optimizer_args betas=(0.9,0.99)",
+    "adam_weight_decay": "use --optimizer_args weight_decay=0.01",
+    "adam_epsilon": "use --optimizer_args eps=1e-8",
+    "scale_lr": "leave it out, and set --learning_rate to what it would come to",
+    "discrete_flow_shift": "leave it out; times are shifted as the base's own scheduler shifts them",
+    "guidance_scale": "leave it out; bases that are told a guidance are trained at 1",
+    "sample_batch_size": "leave it out; pictures of a class are drawn --train_batch_size at a time",
+    "hub_token": "log in with `hf auth login`",
+    "hub_model_id": "leave it out; upload the file by hand",
+    "num_validation_images": "give as many prompts to --validation_prompt",
     "save_every_n_epochs": "use --checkpointing_steps",
     "save_state": ALWAYS,
     "max_data_loader_n_workers": "leave it out; pictures are encoded once and kept",
@@ -269,8 +288,24 @@ def budget_of(settings: ConceptSettings) -> int | None:
 
 def optimizer_of(settings: ConceptSettings) -> torch.optim.Optimizer:
     """Return the optimizer as it is asked for, on a weight that stands for what will train; ValueError where it cannot be."""
-    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": RATE}]
-    return make_optimizer(settings.optimizer, groups, settings.optimizer_args, 1)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optimizer = make_optimizer(settings.optimizer, [{"params": [weight], "lr": RATE}], settings.optimizer_args, 1)
+    if inspect.signature(type(optimizer).step).parameters.get("closure", NONE).default is inspect.Parameter.empty:
+        raise ValueError(f"optimizer {settings.optimizer} takes a closure, which no step here has; choose another one")
+    return optimizer
+
+
+def with_free_rate(settings: ConceptSettings) -> ConceptSettings:
+    """Return the settings with the rate 1 where the optimizer finds its own; ValueError where the rates differ."""
+    if settings.optimizer.lower() not in FREE_RATES:
+        return settings
+    rate = 1.0 if settings.learning_rate == RATE else settings.learning_rate
+    others = {"text_encoder_lr": settings.text_encoder_lr, "factor_learning_rate": settings.factor_learning_rate}
+    if wrong := [f"--{name} {value:g}" for name, value in others.items() if value not in (None, rate)]:
+        raise ValueError(
+            f"{' and '.join(wrong)}: {settings.optimizer} finds one rate for all, as a factor of {rate:g}; leave it out"
+        )
+    return replace(settings, learning_rate=rate, factor_learning_rate=rate)
 
 
 def rates_of(settings: ConceptSettings) -> str:
@@ -321,7 +356,7 @@ def check(settings: ConceptSettings) -> ConceptSettings:
     """Return the settings with their precision known; refuses what cannot be meant, before any work and all at once."""
     told = mixed_precision_of(settings)
     problems = out_of_range(settings, RULES)
-    for part in (optimizer_of, budget_of):
+    for part in (optimizer_of, budget_of, with_free_rate):
         try:
             part(settings)
         except ValueError as error:
@@ -334,6 +369,8 @@ def check(settings: ConceptSettings) -> ConceptSettings:
         problems.append("--with_prior_preservation needs --class_prompt, as in 'a photo of a cat'")
     if settings.class_data_dir and not settings.with_prior_preservation:
         problems.append(f"--class_data_dir {settings.class_data_dir} is of no use without --with_prior_preservation; add it")
+    if settings.class_prompt and not (settings.with_prior_preservation or settings.dataset_config):
+        problems.append(f"--class_prompt {settings.class_prompt!r} is of no use without --with_prior_preservation; add it")
     if settings.finetune_steps and settings.preserve_weight:
         problems.append(
             f"--finetune_steps {settings.finetune_steps} would undo what --preserve_weight {settings.preserve_weight:g} holds; "
@@ -354,4 +391,4 @@ def check(settings: ConceptSettings) -> ConceptSettings:
         problems.append(f"--finetune_steps {settings.finetune_steps} needs the merge, which --patch leaves to others")
     if problems:
         raise ValueError("; ".join(problems))
-    return replace(settings, mixed_precision=told)
+    return replace(with_free_rate(settings), mixed_precision=told)

@@ -13,6 +13,8 @@ the file, run train/concept.py with --patch on it, gather the patches and run `s
 
 from __future__ import annotations
 
+import os
+import queue
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import flags
+import torch
 from concept import learn
 from flags import ELSEWHERE, PRECISIONS, ConceptSettings, capacity_of, origin_of
 from start import recipe_of, subspace_file
@@ -64,6 +67,8 @@ def check(settings: SequenceSettings, todo: Sequence[str]) -> None:
         problems.append(f"--concepts names {', '.join(twice)} more than once; each concept is learned once")
     if settings.workers is not None and settings.workers < 1:
         problems.append(f"--workers is {settings.workers}; at least 1 process is needed")
+    if settings.workers is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("--workers starts processes by itself; run train/sequence.py with python, not with accelerate launch")
     if settings.concept:
         problems.append(f"--concept {settings.concept} is for train/concept.py; add it to --concepts")
     if settings.instance_data_dir:
@@ -122,6 +127,9 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     patches = {name: folder / f"{name}.patch.safetensors" for name in todo}
     processes: list[subprocess.Popen[bytes]] = []
+    slots, places = range(min(settings.workers or 1, len(todo))), queue.SimpleQueue[int]()
+    for place in slots:
+        places.put(place)
     for name in todo:
         if patches[name].exists():
             print(f"{name}: {patches[name]} is there already, whatever it was learned with; remove it to learn {name} again")
@@ -130,10 +138,16 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
         if patches[name].exists():
             return 0
         words = spell(replace(one_of(settings, name), patch=str(patches[name]), subspace=str(file)))
-        with (folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen([sys.executable, script(), *words], stdout=log, stderr=log)
-            processes.append(process)
-            return process.wait()
+        place = places.get()
+        try:
+            with (folder / f"{name}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, script(), *words], stdout=log, stderr=log, env=share_of(place, len(slots))
+                )
+                processes.append(process)
+                return process.wait()
+        finally:
+            places.put(place)
 
     if origin_of(settings).kind == "activations" and not file.exists():  # all of them learn in the same columns
         begin(settings, file)
@@ -160,6 +174,17 @@ def learn_apart(settings: SequenceSettings, file: Path, todo: Sequence[str]) -> 
             + f". {len(learned)} of {len(todo)} are merged; start the same command again for the rest"
         )
     return learned
+
+
+def share_of(place: int, workers: int) -> dict[str, str]:
+    """Return a worker's environment: an accelerator of its own where there are several, and its share of the cores."""
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    if (count := torch.cuda.device_count()) > 1:
+        told = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
+        devices = told or [str(index) for index in range(count)]
+        share["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)].strip()
+        return {**os.environ, **share}
+    return {**share, **os.environ}
 
 
 def begin(settings: SequenceSettings, file: Path) -> None:
@@ -198,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops as Ctrl-C does, the workers as well
     try:
         learned = learn_all(settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

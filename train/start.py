@@ -83,6 +83,11 @@ class Run:
         return math.ceil(batches / self.settings.gradient_accumulation_steps)
 
     @property
+    def warmup(self) -> int:
+        """Steps of warm-up, a quarter of a short run."""
+        return min(self.settings.lr_warmup_steps, self.steps // 4)
+
+    @property
     def adapted(self) -> set[str]:
         """The components with layers that train."""
         return {path.partition(".")[0] for path in self.modules}
@@ -124,6 +129,11 @@ def start(settings: ConceptSettings, accelerator: Accelerator) -> Run:
     if settings.quantize_base and subspace.origin.kind == "weights":
         raise ValueError(f"{file} takes its basis from the base's own weights, which --quantize_base changes; leave it out")
     framing = framing_of(settings, pipeline)
+    if settings.with_prior_preservation and framing.resolution % 16:
+        raise ValueError(
+            f"--resolution is {framing.resolution}; with --with_prior_preservation it is a multiple of 16, as pictures of the "
+            "class are drawn"
+        )
     cache = Cache(settings.cache_dir) if settings.cache_dir else None
     text_frozen = not any(path.startswith("text_encoder") for path in modules)
     pictures = prepare_pictures(pipeline, dataset, framing, cache=cache, freeze_text=text_frozen)
@@ -177,6 +187,8 @@ def places(settings: ConceptSettings, recipe: Recipe) -> tuple[Path, Path]:
     wanted = [(folder, "--output_dir"), (Path(settings.patch or file).parent, "--patch" if settings.patch else "--subspace")]
     wanted += [(Path(settings.cache_dir), "--cache_dir")] if settings.cache_dir else []
     problems = []
+    if folder == file:
+        problems.append(f"concept {recipe.name!r} would have {folder} for its folder, which is the subspace file; rename one")
     for place, asked in wanted:
         there = nearest(place)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -222,6 +234,8 @@ def load(settings: ConceptSettings, accelerator: Accelerator) -> Any:
     if settings.low_vram:
         pipeline.vae.to(accelerator.device)  # encodes the pictures, then leaves
     if settings.prediction_type:
+        if "prediction_type" not in pipeline.scheduler.config:
+            raise ValueError(f"--prediction_type {settings.prediction_type}: this base predicts a flow; leave it out")
         pipeline.scheduler.register_to_config(prediction_type=settings.prediction_type)
     freeze(pipeline)
     if problems := objective_of(settings).problems(pipeline):

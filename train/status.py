@@ -10,7 +10,7 @@ def exit_status(work: Callable[[], object]) -> int:
     """Do the work and return 0; what the user can mend, a ValueError, is one message and 1."""
     try:
         work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

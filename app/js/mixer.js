@@ -69,15 +69,24 @@ function entry(row) {
     change(row.id, Number(exact.value));
   });
   item.append(chip, slider, exact);
-  if (row.note) {
-    const note = document.createElement("span");
-    note.className = "note";
-    note.textContent = row.note;
-    item.append(note);
-  }
+  tell(item, row.note);
   return item;
 }
+function tell(item, text) {
+  let note = item.querySelector(".note");
+  if (!text) {
+    if (note) note.remove();
+    return;
+  }
+  if (!note) {
+    note = document.createElement("span");
+    note.className = "note";
+    item.append(note);
+  }
+  note.textContent = text;
+}
 function update(item, row) {
+  tell(item, row.note);
   for (const input of item.querySelectorAll("input")) {
     if (input !== document.activeElement) input.value = row.weight;
   }

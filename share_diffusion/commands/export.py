@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
     """Return what goes where, known from the file's header alone, before anything slow is loaded."""
     from share_diffusion.blend import Blend
+    from share_diffusion.concept import unknown_concept
     from share_diffusion.export.earlier import folder_problem
     from share_diffusion.export.filename import safe_name
     from share_diffusion.export.whole import in_the_way
@@ -69,11 +70,12 @@ def requests(arguments: argparse.Namespace) -> list[tuple[Any, Path]]:
     if not arguments.each:
         blend = Blend.parse(arguments.blend)
         if unknown := [name for name in blend.weights if name not in known]:
-            names = ", ".join(map(repr, unknown))
-            raise ValueError(f"unknown concept {names}; {arguments.file} holds: {', '.join(known) or 'none yet'}")
+            raise ValueError("; ".join(unknown_concept(name, known, str(arguments.file)) for name in unknown))
         if os.path.realpath(arguments.output) == os.path.realpath(arguments.file):
             raise ValueError(f"the output {arguments.output} is the subspace file itself; choose another place")
         return [(blend, arguments.output)]
+    if not known:
+        raise ValueError(f"{arguments.file} holds no concept yet, and --each has nothing to export")
     if arguments.format == "comfyui":
         raise ValueError("--each has no comfyui format: a workflow belongs to one blend; export them one by one")
     ending = ".safetensors" if arguments.format in ("kohya", "diffusers", "diffusers-old", "checkpoint") else ""

@@ -17,18 +17,18 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("--subspace", type=Path, help="the subspace file; without it the untouched base is drawn")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative_prompt", default="")
+    parser.add_argument("--prompt", required=True, help="what is drawn; <share:watercolor:0.8> in it is part of the blend")
+    parser.add_argument("--negative_prompt", default="", help="what is not drawn")
     blend_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the first picture's (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures, at seeds SEED, SEED + 1, ...")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the base's)")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the base's)")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (default: the base's)")
+    parser.add_argument("--height", type=int, help="as --width")
     parser.add_argument("--output", type=Path, default=Path("share.png"), help="a .png; more pictures are numbered")
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
-    parser.add_argument("--local_files_only", action="store_true")
+    parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
     device_flags(parser)
 
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw pictures and write them with their settings inside."""
     from share_diffusion.attached import attach
     from share_diffusion.base import base_name, load_base
-    from share_diffusion.drawing import Sampling, png_info, save_png
+    from share_diffusion.drawing import BATCH, Sampling, png_info, save_png
     from share_diffusion.drawing import generate as draw
     from share_diffusion.models.identity import weights_of
     from share_diffusion.subspace import Subspace
@@ -57,12 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
         attach(pipeline, subspace).set_blend(blend, masks=read_masks(arguments.masks))
     sampling = wished.resolved(pipeline)
     seeds = list(range(arguments.seed, arguments.seed + arguments.count))
-    pictures = draw(pipeline, [arguments.prompt] * len(seeds), seeds, sampling)
-    for number, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-        output = arguments.output
-        path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
-        save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
-        print(path)
+    for start in range(0, len(seeds), BATCH):  # so that a stop loses no more than what is being drawn
+        some = seeds[start : start + BATCH]
+        pictures = draw(pipeline, [arguments.prompt] * len(some), some, sampling)
+        for number, (picture, seed) in enumerate(zip(pictures, some, strict=True), start=start):
+            output = arguments.output
+            path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{number:03d}")
+            save_png(picture, path, png_info(arguments.prompt, seed, sampling, str(blend), facts))
+            print(path, flush=True)
 
 
 def device_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,12 +151,12 @@ def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
     if problems:
         raise ValueError("; ".join(problems))
     if blend.weights and arguments.subspace is not None:
+        from share_diffusion.concept import unknown_concept
         from share_diffusion.file import listing
 
         known = [concept["name"] for concept in listing(arguments.subspace).concepts]
         if unknown := [name for name in blend.weights if name not in known]:
-            names = ", ".join(map(repr, unknown))
-            raise ValueError(f"unknown concept {names}; {arguments.subspace} holds: {', '.join(known) or 'none yet'}")
+            raise ValueError("; ".join(unknown_concept(name, known, str(arguments.subspace)) for name in unknown))
 
 
 def output_problems(path: Path) -> list[str]:

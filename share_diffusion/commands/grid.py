@@ -26,23 +26,23 @@ HELP = "draw a sweep over weights or seeds, or a strip from blend to blend"
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("--subspace", type=Path, required=True, help="the subspace file")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative_prompt", default="")
+    parser.add_argument("--prompt", required=True, help="what is drawn; <share:watercolor:0.8> in it is part of --blend")
+    parser.add_argument("--negative_prompt", default="", help="what is not drawn")
     blend_flags(parser)
     parser.add_argument("--x", help="what changes from left to right: robot=0..1/5 (five values), robot=0,0.5,1 or seed=0,1,2")
     parser.add_argument("--y", help="what changes from top to bottom, written as --x")
     parser.add_argument("--strip", nargs="+", metavar="BLEND", help="instead of --x: blends to go through, from first to last")
     parser.add_argument("--frames", type=int, default=8, help="pictures of the strip")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of every cell that --x and --y do not change (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the base's)")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the base's)")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int, help="of a cell in pixels, a multiple of 16 (default: the base's)")
+    parser.add_argument("--height", type=int, help="as --width")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the labelled sheet, a .png")
     parser.add_argument("--cells", type=Path, metavar="FOLDER", help="write every cell there as well, with its settings")
     parser.add_argument("--gif", type=Path, help="write the cells as a film as well")
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
-    parser.add_argument("--local_files_only", action="store_true")
+    parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
     device_flags(parser)
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from share_diffusion.subspace import Subspace
 
     prompt, blend = read_blend_flags(arguments)
-    check(arguments)
+    check(arguments, bool(blend.terms))
     axes = [Axis.parse(text) for text in (arguments.x, arguments.y) if text]
     sampling = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     base = arguments.pretrained_model_name_or_path
@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(arguments.gif)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
+def check(arguments: argparse.Namespace, blended: bool) -> None:
+    """Refuse what cannot be drawn before anything slow is loaded, all problems at once; tags of the prompt blend as well."""
     from share_diffusion.places import file_problem
 
     problems = []
@@ -96,8 +96,12 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append("give either --x (a sweep) or --strip (blends to go through)")
     if arguments.y and not arguments.x:
         problems.append("--y needs --x")
-    if arguments.strip and (arguments.blend or arguments.method or arguments.regions):
-        problems.append("--blend, --method and --regions say nothing about --strip; write them into its blends")
+    if arguments.strip and (blended or arguments.method or arguments.regions):
+        problems.append(
+            "--blend, --method, --regions and tags in --prompt say nothing about --strip; write them into its blends"
+        )
+    if not arguments.subspace.is_file():
+        problems.append(f"there is no subspace file {arguments.subspace}; give the path of one with --subspace")
     problems += output_problems(arguments.output)
     if arguments.gif and arguments.gif.suffix.lower() != ".gif":
         problems.append(f"--gif {arguments.gif} must end in .gif")

@@ -11,6 +11,7 @@ import torch
 from share_diffusion.export.comfyui import own_files
 from share_diffusion.export.earlier import FOLDERS, folder_problem
 from share_diffusion.export.filename import name_problem, safe_name
+from share_diffusion.storage import read_header
 from share_diffusion.subspace import Subspace
 
 LORA_FILES = ("kohya", "diffusers", "diffusers-old")
@@ -54,10 +55,20 @@ def place_problems(path: Path, format: str, pipeline: Any) -> list[str]:
     """Return why an export that is a folder as a whole cannot take this folder's place."""
     if problem := folder_problem(path, format):
         return [problem]
+    if format in SINGLE and is_share(path):
+        return [f"the output {str(path)!r} is a subspace file or a patch, which no export replaces; choose another place"]
     source = str(getattr(pipeline, "name_or_path", None) or "")
     if format in FOLDERS and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(path):
         return [f"the output {str(path)!r} is the base itself; choose another folder"]
     return []
+
+
+def is_share(path: Path) -> bool:
+    """Return whether there is a file of this library, which --replace must not take for an earlier export."""
+    try:
+        return path.is_file() and bool(read_header(path).metadata)
+    except (OSError, ValueError):
+        return False
 
 
 def base_problems(subspace: Subspace, pipeline: Any, strict: bool) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from share_diffusion.blend import Blend
+from share_diffusion.drawing import read_settings
 from share_diffusion.export.asked import (
     FORMATS,
     FUSED,
@@ -116,8 +117,19 @@ def export(
         # Once more: while an export is made there is time to put something into the folder that it is to replace.
         refuse(place_problems(path, format, pipeline))
     files = tuple(home / file for file in written)
+    if format in SINGLE and (shown := path.with_suffix(".png")) not in files:
+        remove_drawn(shown)
     found = tuple(verdict for place in judged_places(path, format, files) for verdict in verify(place))
     return Exported(path, files, task.about.rank, task.about.error, found)
+
+
+def remove_drawn(picture: Path) -> None:
+    """Remove an earlier export's preview, which shows another blend now; a picture that was not drawn here stays."""
+    try:
+        if picture.is_file() and read_settings(picture):
+            picture.unlink()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return
 
 
 def judged_places(path: Path, format: str, files: Sequence[Path]) -> list[Path]:

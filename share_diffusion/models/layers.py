@@ -55,22 +55,21 @@ def parent_of(pipeline: Any, path: str) -> tuple[nn.Module, str]:
 def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True) -> dict[str, nn.Module]:
     """Return the layers that a preset of the base's family or a regular expression chooses.
 
-    Presets (`attention`, `attention+ff`, `attention+ff+conv`, `all-linear`) leave out what cannot influence a picture; only
-    the third has convolutions, where the denoiser has any. A regular expression is searched in the whole path. Raises
-    ValueError when it is not one or chooses nothing.
+    Of the presets (`attention`, `attention+ff`, `attention+ff+conv`, `all-linear`) only the third has convolutions, where the
+    denoiser has any. A regular expression is searched in the whole path. What cannot influence a picture is left out: it
+    would learn nothing, and processes that learn together would wait for its gradient. Raises ValueError for an expression
+    that is none or chooses nothing.
     """
-    if targets in PRESETS:
-        family = family_of(pipeline)
-        pattern, idle = re.compile(family.targets()[targets]), family.idle(pipeline)
-    else:
-        pattern, idle = expression(targets), None
+    family, preset = family_of(pipeline), targets in PRESETS
+    pattern, idle = re.compile(family.targets()[targets]) if preset else expression(targets), family.idle(pipeline)
     kinds = (nn.Linear, nn.Conv2d) if targets == "attention+ff+conv" else nn.Linear
     chosen = {
         path: module
         for path, module in layers(pipeline).items()
         if pattern.search(path)
         and (text_encoder or not path.startswith("text_encoder"))
-        and (idle is None or (isinstance(getattr(module, "base", module), kinds) and not path.startswith(idle)))
+        and not path.startswith(idle)
+        and (not preset or isinstance(getattr(module, "base", module), kinds))
     }
     if not chosen:
         examples = ", ".join(list(layers(pipeline))[:3])
