@@ -116,8 +116,8 @@ def pairs(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None:
     newer.click(lambda page, chosen: marked(engine, page - 1, chosen), [number, chosen], strip, **QUIET)
     older.click(lambda page, chosen: marked(engine, page + 1, chosen), [number, chosen], strip, **QUIET)
     tab.select(
-        lambda page, chosen, blend: (*marked(engine, page, chosen), of_blend(blend)),
-        [number, chosen, studio.written],
+        lambda page, chosen, blend, now: (*marked(engine, page, chosen), of_blend(blend, now)),
+        [number, chosen, studio.written, concept],
         [*strip, concept],
         **QUIET,
     )
@@ -140,10 +140,10 @@ def described(engine: Any, name: str) -> str:
     return f"{str(settings.get('blend') or WORDS.no_concept)[:80]}, seed {settings.get('seed', '?')}"
 
 
-def of_blend(written: str) -> gr.Dropdown:
-    """Return the list of the blend's own concepts, the first chosen."""
+def of_blend(written: str, now: str | None = None) -> gr.Dropdown:
+    """Return the list of the blend's own concepts; the chosen one stays while it is there, else it is the first."""
     names = names_of(written)
-    return gr.Dropdown(choices=names, value=names[0] if names else None)
+    return gr.Dropdown(choices=names, value=now if now in names else names[0] if names else None)
 
 
 def offered(engine: Any, written: str) -> list[str]:
@@ -185,11 +185,13 @@ def sweeps(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> None
     inputs = [x, x_low, x_high, x_count, y, y_low, y_high, y_count]
     run(engine, studio, sessions, draw, place, plan, inputs, done, [sheet], preview=sheet)
 
-    def offer(blend: str) -> tuple[gr.Dropdown, gr.Dropdown]:
+    def offer(blend: str, across: str | None, down: str | None) -> tuple[gr.Dropdown, gr.Dropdown]:
         names = offered(engine, blend)
-        return gr.Dropdown(choices=names, value=names[0] if names else None), gr.Dropdown(choices=[SEED, *names], value=SEED)
+        first = across if across in [*engine.cards, SEED] else names[0] if names else None
+        other = down if down in [*engine.cards, SEED] else SEED
+        return gr.Dropdown(choices=names, value=first), gr.Dropdown(choices=[SEED, *names], value=other)
 
-    tab.select(offer, [studio.written], [x, y], **QUIET)
+    tab.select(offer, [studio.written, x, y], [x, y], **QUIET)
 
 
 def axis(name: str, label: str, low: float, high: float, count: int) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,9 +97,9 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
         sessions.end(request)
         return {"text": WORDS.stopped}, on(), off()
 
-    def offer(written: str) -> tuple[gr.Dropdown, ...]:
+    def offer(written: str, *now: str | None) -> tuple[gr.Dropdown, ...]:
         held = mix.names_of(written)
-        return tuple(gr.Dropdown(choices=held, value=held[index] if index < len(held) else None) for index in range(LAYERS))
+        return tuple(gr.Dropdown(choices=held, value=name) for name in layers_of(held, now))
 
     outputs = [picture, place.meter, draw, place.stop, studio.masks, studio.written, studio.mixer]
     running = draw.click(
@@ -112,7 +112,14 @@ def regions(engine: Any, studio: Studio, sessions: Sessions, tab: gr.Tab) -> Non
         **GPU,
     )
     place.stop.click(halt, None, [place.meter, draw, place.stop], cancels=[running], **QUIET)
-    tab.select(offer, [studio.written], chosen, **QUIET)
+    tab.select(offer, [studio.written, *chosen], chosen, **QUIET)
+
+
+def layers_of(held: Sequence[str], now: Sequence[str | None]) -> list[str | None]:
+    """Return each layer's concept: the one it has while the blend holds it, else the next that no layer has."""
+    kept = [name if name in held else None for name in now]
+    free = (name for name in held if name not in kept)
+    return [name or next(free, None) for name in kept]
 
 
 def painted(painting: Any, chosen: tuple[str | None, ...], written: str) -> tuple[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.cards import Card, CardPictures, found, page_of
+from app.comparing import of_blend
 from app.export import FORMATS, write_blend
 from app.history import History
 from app.job import Job, Lesson
@@ -26,6 +27,7 @@ from app.mix import mixer_of, newest, taken_from, with_concept, without_concept
 from app.plans import axis_of, strip_plan, sweep_plan, with_and_without
 from app.preview import montage, noise_levels
 from app.prompt import with_trigger, without_trigger
+from app.regions import layers_of
 from app.remember import form_from
 from app.restoring import changes_of, settings_of
 from app.security import Guard, blocked, launch_settings, prepare
@@ -478,6 +480,16 @@ def test_reports_are_looked_for_only_where_training_writes_them(tmp_path):
         (folder / "report.json").write_text("{}")
     found = report_files(tmp_path / "tiny" / "subspace.safetensors", tmp_path / "lessons")
     assert found == [beside / "report.json", lesson / "report.json"]
+
+
+# what is chosen on a tab
+
+
+def test_a_choice_stays_while_the_blend_holds_it():
+    assert layers_of(["robot", "owl"], ["owl", None, None]) == ["owl", "robot", None]
+    assert layers_of(["ink"], ["owl", "ink", None]) == [None, "ink", None]
+    assert of_blend("robot + owl", "owl").value == "owl"
+    assert of_blend("robot + owl", "ink").value == "robot"
 
 
 # the form in the browser

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_readers import stock_unet
+from tiny_models import build_flux, build_sd3
 
 from share_diffusion.export import export
 from share_diffusion.export.checkpoint import checkpoint_entries
@@ -120,3 +121,11 @@ def test_sd15_is_fused_and_written_in_little_memory(tmp_path):
     # The pipeline itself is 2 GiB in half precision; reading the libraries takes most of one more.
     assert float(done.stdout.split()[-1]) < 6
     (tmp_path / "sd15.safetensors").unlink()
+
+
+def test_variants_of_one_family_have_their_own_names():
+    named = [
+        family_of_pipeline(one).modelspec
+        for one in (build_sd3(), build_sd3(medium_3_5=True), build_flux(), build_flux(guidance=False))
+    ]
+    assert named == ["stable-diffusion-3-medium", "stable-diffusion-3-5-medium", "flux-1-dev", "flux-1-schnell"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -61,9 +61,12 @@ def predicted(pipeline: Any) -> str:
 
 
 def family_of_pipeline(pipeline: Any) -> Family:
-    """Return the family of a live pipeline; SD 2.x with velocity prediction is a version of its own."""
+    """Return the family of a live pipeline; SD 2.x with velocity prediction, SD 3.5 and FLUX schnell have their own names."""
+    from share_diffusion import models
     from share_diffusion.models.layers import layers, shape_of
 
     family = family_of({path: shape_of(module)[0] for path, module in layers(pipeline).items()})
+    if family in (SD3, FLUX):
+        return replace(family, modelspec=models.family_of(pipeline).architecture(pipeline))
     velocity = getattr(pipeline.scheduler.config, "prediction_type", "") == "v_prediction"
     return SD2_V if family is SD2 and velocity else family
