@@ -84,7 +84,7 @@ def compare_subspaces(first: Subspace, second: Subspace) -> dict[str, Any]:
         "spanned": {"first_by_second": spanned(first, second), "second_by_first": spanned(second, first)},
         "concepts": {
             name: {
-                "cosine": cosines(first.lora(name), second.lora(name)),
+                "cosine": cosines(first.lora(name), second.lora(name)) if first.complete and second.complete else None,
                 "norm": [first[name].norm, second[name].norm],
                 "retention": [first[name].retention, second[name].retention],
             }
@@ -111,7 +111,14 @@ def numbers(subspace: Subspace) -> int:
 
 
 def spanned(subspace: Subspace, other: Subspace) -> float | None:
-    """Return the share of a subspace's columns that the other's bases span, None where nothing is comparable."""
+    """Return the share of a subspace's columns that the other's bases span, None where nothing is comparable.
+
+    Columns of the base's own weights are not in a file: those of two files are the same where their base and origin are, and
+    cannot be compared with any other ones without the base.
+    """
+    derived = not (subspace.complete and other.complete)
+    if derived and (subspace.origin != other.origin or subspace.base.mismatch(other.base)):
+        return None
     held = whole = 0.0
     for layer, basis in subspace.layers.items():
         if layer in other.layers and shape_of(subspace, layer) == shape_of(other, layer):
@@ -120,6 +127,7 @@ def spanned(subspace: Subspace, other: Subspace) -> float | None:
                 (basis.beta, other.layers[layer].beta),
             )
             held += sum(float((mine.to(WORK).mT @ theirs.to(WORK)).square().sum()) for mine, theirs in pairs)
+            held += sum(subspace.fixed[layer]) * derived
         whole += sum(basis.rank)
     return held / whole if whole else None
 
@@ -150,8 +158,9 @@ def page(facts: Mapping[str, Any], first: str, second: str) -> str:
             f"B's by A's: {share(facts['spanned']['second_by_first'])}",
         ]
         for name, entry in facts["concepts"].items():
+            cosine = share(entry["cosine"] and entry["cosine"][""])
             lines.append(
-                f"{name}: cosine {entry['cosine']['']:.4f}, norm {entry['norm'][0]:.4g} and {entry['norm'][1]:.4g}, "
+                f"{name}: cosine {cosine}, norm {entry['norm'][0]:.4g} and {entry['norm'][1]:.4g}, "
                 f"retention {entry['retention'][0]:.4f} and {entry['retention'][1]:.4f}"
             )
         lines += [f"only in A: {', '.join(facts['only_first'])}"] if facts["only_first"] else []

@@ -83,6 +83,16 @@ class Cell:
     seed: int
 
 
+def fitted(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> str:
+    """Return a text in one line that is not wider than so many pixels, shortened in its middle: names end in what tells."""
+    text = " ".join(text.split())
+    for kept in range(len(text), 0, -1):
+        shown = text if kept == len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+        if draw.textlength(shown, font=font) <= width:
+            return shown
+    return ""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Cells row by row, the labels of columns and rows, and what all cells have in common."""
@@ -111,11 +121,14 @@ class Grid:
         top, left = 26 * (1 + bool(any(self.columns))), 150 if any(self.rows) else GAP
         sheet = Image.new("RGB", (left + len(self.columns) * (size[0] + GAP), top + len(self.rows) * (size[1] + GAP)), PAPER)
         draw = ImageDraw.Draw(sheet)
-        draw.text((GAP, 6), self.prompt, fill=INK, font=ImageFont.load_default(14))
+        large, small = ImageFont.load_default(14), ImageFont.load_default(12)
+        draw.text((GAP, 6), fitted(self.prompt, sheet.width - 2 * GAP, draw, large), fill=INK, font=large)
         for column, label in enumerate(self.columns):
-            draw.text((left + column * (size[0] + GAP), 30), label, fill=FAINT, font=ImageFont.load_default(12))
+            text = fitted(label, size[0], draw, small)
+            draw.text((left + column * (size[0] + GAP), 30), text, fill=FAINT, font=small)
         for row, label in enumerate(self.rows):
-            draw.text((GAP, top + row * (size[1] + GAP) + 4), label, fill=FAINT, font=ImageFont.load_default(12))
+            text = fitted(label, left - 2 * GAP, draw, small)
+            draw.text((GAP, top + row * (size[1] + GAP) + 4), text, fill=FAINT, font=small)
         method = Image.Resampling.NEAREST if first.width < side else Image.Resampling.LANCZOS
         for number, cell in enumerate(self.cells):
             row, column = divmod(number, len(self.columns))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from test_attach import random_lora, refusal, small_pipeline
 
 from share_diffusion.attached import attach
 from share_diffusion.blend import Blend
 from share_diffusion.drawing import Sampling, generate, read_settings
-from share_diffusion.grid import Axis, Grid, strip, sweep
+from share_diffusion.grid import Axis, Grid, fitted, strip, sweep
 from share_diffusion.models.identity import identify
 from share_diffusion.subspace import Subspace
 
@@ -136,3 +136,13 @@ def test_a_picture_of_no_numbers_is_an_error_and_not_a_black_picture(handle: Any
     handle.set_blend("ink:1e30")
     assert "smaller weights" in refusal(lambda: generate(handle.pipeline, ["x"], [0], SMALL))
     handle.set_blend(None)
+
+
+def test_a_label_fits_and_keeps_its_end() -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (9, 9))), ImageFont.load_default(12)
+    for text in ("robot 0.5", "a very long name of a concept\nin two lines: 1.25"):
+        shown = fitted(text, 90, draw, font)
+        assert draw.textlength(shown, font=font) <= 90
+        assert (shown == text) == (len(text) < 12)
+        assert shown.endswith(text[-2:])
+    assert fitted("robot", 1, draw, font) == ""

@@ -381,3 +381,20 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path,
     assert "already there as 'toon'" in capsys.readouterr().err
     assert main(["merge", str(out), files[2], "--distil"]) == 1
     assert "distilling needs the base" in capsys.readouterr().err
+
+
+def test_files_whose_columns_come_from_the_weights_are_compared_without_the_base(tmp_path: Path) -> None:
+    lora, other = random_lora(0), random_lora(1)
+    weights = {
+        layer: torch.randn(entry.shape, generator=torch.Generator().manual_seed(1)) for layer, entry in lora.layers.items()
+    }
+    for name, one in {"a": lora, "b": other}.items():
+        Subspace.fit({name: one}, basis="weights", derived_rank=2, weights=weights).save(tmp_path / f"{name}.safetensors")
+    looked = {name: load(tmp_path / f"{name}.safetensors", look=True) for name in "ab"}
+    whole = {name: load(tmp_path / f"{name}.safetensors", weights) for name in "ab"}
+    for one, two in (("a", "a"), ("a", "b")):
+        expected = compare(whole[one], whole[two])["spanned"]["first_by_second"]
+        facts = compare(looked[one], looked[two])
+        assert facts["spanned"]["first_by_second"] == pytest.approx(expected, abs=1e-3)
+    assert compare(looked["a"], Subspace.fit({"b": other}))["spanned"]["first_by_second"] is None
+    assert main(["compare", *[str(tmp_path / "a.safetensors")] * 2]) == 0

@@ -16,7 +16,7 @@ HELP = "two LoRAs, concepts (FILE::NAME) or subspace files side by side"
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("a", metavar="A", help="a LoRA file, a subspace file, or FILE::NAME for one concept")
-    parser.add_argument("b", metavar="B")
+    parser.add_argument("b", metavar="B", help="what it is compared with, given in the same way")
     parser.add_argument("--json", action="store_true", help="print JSON with stable keys")
 
 
