@@ -19,7 +19,7 @@ def build() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(prog="python -m app", description="Blend, draw, compare, learn and export concepts.")
     parser.add_argument("--subspace", type=Path, help="the subspace file (default: OUTPUT_DIR/BASE's, else the ready-made one)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="where the page answers (default: 7860)")
     parser.add_argument("--pretrained_model_name_or_path", "--base", default="tiny", help="the base (default: tiny)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where history and learned concepts go")
     device_flags(parser)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from share_diffusion import storage
@@ -103,7 +104,7 @@ def merge_files(
     """
     read = [read_patch(path) for path in patches]
     refuse([] if read else ["there is no patch to merge; give at least one"])
-    with storage.locked(file):
+    with storage.locked(file, needed=write):
         if Path(file).exists():
             subspace = load(file, weights)
         else:
@@ -113,8 +114,8 @@ def merge_files(
                     "which only a subspace file holds; start from a copy of the file that was learned against"
                 )
             subspace = Subspace(base=read[0].base, origin=read[0].origin)
-        older = [path for path in (*against, storage.backup_path(file)) if Path(path).exists()]
-        merged = merge_patches(
-            subspace, read, capacity=capacity, weights=weights, against=[load(path, weights) for path in older]
-        )
+        older = [load(path, weights) for path in against if Path(path).exists()]
+        with suppress(storage.StorageError):  # a damaged backup is no reason to refuse a patch that does without
+            older += [load(path, weights) for path in [storage.backup_path(file)] if path.exists()]
+        merged = merge_patches(subspace, read, capacity=capacity, weights=weights, against=older)
         return merged if merged is subspace or not write else merged.save(file)

@@ -130,8 +130,14 @@ def write(
 
 
 @contextmanager
-def locked(path: AnyPath, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Hold the file's lock against other processes and threads; the thread that holds it may take it again."""
+def locked(path: AnyPath, timeout: float = LOCK_TIMEOUT_SECONDS, *, needed: bool = True) -> Iterator[None]:
+    """Hold the file's lock against other processes and threads; the thread that holds it may take it again.
+
+    Where nothing will be written it is not `needed`, and nothing is left beside the file.
+    """
+    if not needed:
+        yield
+        return
     target = _target(path)
     holder = target.with_name(f".{target.name}.holder")
     lock = FileLock(target.with_name(f".{target.name}.lock"), is_singleton=True)

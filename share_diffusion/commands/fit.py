@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.output.parent} is not a folder; create it first")
     capacity, pipeline = capacity_of(arguments), open_base(arguments.pretrained_model_name_or_path, arguments)
     empty = Subspace(base=identity(pipeline, arguments) if pipeline else BaseIdentity())
-    with storage.locked(arguments.output):
+    with storage.locked(arguments.output, needed=not arguments.dry_run):
         with all_unreadable(found):
             subspace, account = take_in(empty, found, capacity, pseudo_rank=arguments.pseudo_rank, progress=reading)
         if pipeline is None and account.family:

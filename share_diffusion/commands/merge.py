@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     own = read_prompts(arguments.distil_prompts) if arguments.distil_prompts else []
     name = base_of(arguments)
     pipeline = fit.open_base(name, arguments)
-    with storage.locked(arguments.file):
+    with storage.locked(arguments.file, needed=not arguments.dry_run):
         weights = weights_of(pipeline) if pipeline is not None else None
         subspace = Subspace.load(arguments.file, weights)
         fit.refuse_wrong_base(pipeline, subspace)

@@ -11,7 +11,7 @@ HELP = "what a subspace file holds and what it costs"
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="the subspace file")
     parser.add_argument("--json", action="store_true", help="print JSON with stable keys")
 
 

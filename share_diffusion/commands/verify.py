@@ -10,7 +10,7 @@ HELP = "check every byte of a subspace file"
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="the subspace file")
 
 
 def run(arguments: argparse.Namespace) -> None:
