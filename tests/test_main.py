@@ -204,7 +204,7 @@ def test_several_pictures_are_numbered(file, tmp_path, capsys):
         (["--regions", "robot=left"], "of a concept in the blend"),
         (["--blend", "robot", "--regions", "robot=middle"], "unknown region 'middle'"),
         (["--blend", "robot", "--masks", "hat=nowhere.png"], "cannot read 'nowhere.png'"),
-        (["--blend", "robot[region=@hat]"], "no mask for @hat"),
+        (["--blend", "robot[region=@hat]"], "give --masks hat=FILE"),
         (["--blend", "robot[blocks=early]"], "no adapted layer is in block group early"),
     ],
 )

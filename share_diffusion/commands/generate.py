@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.prompt, blend = read_blend_flags(arguments)
     wished = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     check_drawing(arguments, blend)
+    masks = masks_of(arguments, blend)
     pipeline = load_base(
         arguments.pretrained_model_name_or_path,
         dtype=dtype_of(arguments.precision),
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.subspace is not None:
         subspace = Subspace.load(arguments.subspace, weights_of(pipeline))
         facts |= {"subspace": arguments.subspace.name, "basis_version": subspace.basis_version}
-        attach(pipeline, subspace).set_blend(blend, masks=read_masks(arguments.masks))
+        attach(pipeline, subspace).set_blend(blend, masks=masks)
     sampling = wished.resolved(pipeline)
     seeds = list(range(arguments.seed, arguments.seed + arguments.count))
     for start in range(0, len(seeds), BATCH):  # so that a stop loses no more than what is being drawn
@@ -136,6 +137,14 @@ def read_masks(entries: list[str]) -> dict[str, Any]:
     return masks
 
 
+def masks_of(arguments: argparse.Namespace, *blends: Blend) -> dict[str, Any]:
+    """Return the pictures of `--masks`; ValueError where a blend has a region that none of them is for."""
+    masks = read_masks(arguments.masks)
+    if missing := sorted({name for blend in blends for name in blend.masks if name not in masks}):
+        raise ValueError(f"there is no picture for @{missing[0]}; give --masks {' '.join(f'{name}=FILE' for name in missing)}")
+    return masks
+
+
 def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
     """Refuse what cannot be drawn before anything slow is loaded, all problems at once."""
     problems = []
@@ -146,6 +155,8 @@ def check_drawing(arguments: argparse.Namespace, blend: Any) -> None:
         problems.append(f"--seed is {arguments.seed}; it is 0 to 2**63 - 1001")
     if blend.weights and arguments.subspace is None:
         problems.append("--blend names concepts, but there is no --subspace file to take them from")
+    if arguments.subspace is not None and not arguments.subspace.is_file():
+        problems.append(f"there is no subspace file {arguments.subspace}; give the path of one with --subspace")
     if not arguments.prompt.strip():
         problems.append("--prompt is empty")
     if problems:

@@ -15,9 +15,9 @@ from share_diffusion.commands.generate import (
     blend_flags,
     device_flags,
     dtype_of,
+    masks_of,
     output_problems,
     read_blend_flags,
-    read_masks,
 )
 
 HELP = "draw a sweep over weights or seeds, or a strip from blend to blend"
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw the cells and write sheet, cells and film."""
     from share_diffusion.attached import attach
     from share_diffusion.base import base_name, load_base
+    from share_diffusion.blend import Blend
     from share_diffusion.drawing import Sampling
     from share_diffusion.grid import Axis, strip, sweep
     from share_diffusion.models.identity import weights_of
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompt, blend = read_blend_flags(arguments)
     check(arguments, bool(blend.terms))
     axes = [Axis.parse(text) for text in (arguments.x, arguments.y) if text]
+    masks = masks_of(arguments, *([Blend.parse(text) for text in arguments.strip] if arguments.strip else [blend]))
     sampling = Sampling(arguments.steps, arguments.guidance_scale, arguments.negative_prompt, arguments.width, arguments.height)
     base = arguments.pretrained_model_name_or_path
     pipeline = load_base(
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     more: dict[str, Any] = {
         "seed": arguments.seed,
         "sampling": sampling,
-        "masks": read_masks(arguments.masks),
+        "masks": masks,
         "facts": {"base": base_name(base), "subspace": arguments.subspace.name, "basis_version": subspace.basis_version},
     }
     with attach(pipeline, subspace) as handle:
