@@ -51,7 +51,8 @@ def wire_history(engine: Any, stage: Canvas) -> None:
 
     @spoken
     def pick(event: gr.SelectData) -> tuple[Any, ...]:
-        name = Path(str(event.value["image"]["path"])).stem
+        picture = event.value.get("image") if isinstance(event.value, dict) else None
+        name = Path(str((picture or {}).get("path", ""))).stem
         there = engine.history.holds(name)
         return name if there else "", gr.Button(interactive=there), gr.Button(interactive=there)
 

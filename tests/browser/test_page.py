@@ -255,6 +255,21 @@ def test_a_concept_is_learned_from_the_page(view, server, tmp_path):
     view.wait_for_selector("#cards button[data-id=glow]")
 
 
+def test_of_several_pictures_the_chosen_one_is_deleted(view, server):
+    quick(view)
+    view.locator("#count input").fill("2")
+    view.locator("#count input").press("Enter")
+    view.click("#draw")
+    says(view, "#status", "2 pictures")
+    assert view.locator("#remove").is_disabled()
+    drawn = pictures(server)[-2:]
+    view.locator("#batch .thumbnail-lg").nth(1).click()
+    view.wait_for_selector("#remove:not([disabled])")
+    view.click("#remove")
+    says(view, "#status", "Deleted")
+    assert [path.exists() for path in drawn] == [True, False]
+
+
 def test_a_cancelled_lesson_leaves_the_file_as_it_was(view, server, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     before = server.file.read_bytes()
