@@ -85,7 +85,7 @@ def read_tile(path: str) -> tuple[str, str, str]:
             picture = thumbnail(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "", "a damaged picture", ""
-    return picture, str(settings.get("prompt", ""))[:200], str(settings.get("blend", ""))[:120]
+    return picture, str(settings.get("prompt", "")).strip()[:200] or "no prompt", str(settings.get("blend", ""))[:120]
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> str:

@@ -60,8 +60,8 @@ def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True)
     would learn nothing, and processes that learn together would wait for its gradient. Raises ValueError for an expression
     that is none or chooses nothing.
     """
-    family, preset = family_of(pipeline), targets in PRESETS
-    pattern, idle = re.compile(family.targets()[targets]) if preset else expression(targets), family.idle(pipeline)
+    preset, idle = targets in PRESETS, idle_of(pipeline)
+    pattern = re.compile(family_of(pipeline).targets()[targets]) if preset else expression(targets)
     kinds = (nn.Linear, nn.Conv2d) if targets == "attention+ff+conv" else nn.Linear
     chosen = {
         path: module
@@ -75,6 +75,14 @@ def select(pipeline: Any, targets: str = "attention", text_encoder: bool = True)
         examples = ", ".join(list(layers(pipeline))[:3])
         raise ValueError(f"targets {targets!r} chooses no layer; paths look like {examples}")
     return chosen
+
+
+def idle_of(pipeline: Any) -> tuple[str, ...]:
+    """Return the starts of paths that cannot influence a picture; of a model of no known family nothing is known."""
+    try:
+        return family_of(pipeline).idle(pipeline)
+    except ValueError:
+        return ()
 
 
 def expression(targets: str) -> re.Pattern[str]:
