@@ -324,7 +324,7 @@ def begin_file(
             f"--low_vram keeps the base in parts, and {file} does not exist yet: its columns are measured on the whole base; "
             "begin it where that fits (share-diffusion measure), or leave --basis out"
         )
-    if accelerator.is_main_process:  # the others may look when it is there already, and wait all the same
+    if accelerator.is_main_process and not file.exists():  # the others may look when it is there already, and wait all the same
         file.parent.mkdir(parents=True, exist_ok=True)
         with storage.locked(file, timeout=LOCK_SECONDS):  # whoever begins the same file beside this run is waited for
             if not file.exists():
